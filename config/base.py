@@ -1,0 +1,109 @@
+"""Every option that exists. Presets beside this file hold overrides only; the command line overrides both:
+
+    accelerate launch train.py --config config/emoji.py:compressibility --config.seed=1 --config.train.clip_range=1e-3
+
+Options marked (memory) change speed and memory, never the result.
+"""
+
+from ml_collections import ConfigDict
+
+from ddpo import InputError
+
+
+def get_config():
+    config = ConfigDict()
+    config.run_dir = ""  # the run's own folder; empty: runs/PRESET-TIME
+    config.resume = ""  # a run's folder, to go on from its newest checkpoint
+    config.seed = 0  # (seed, epoch, sample) determines each prompt and all noise
+    config.num_epochs = 100  # rounds of sampling and updating
+    config.tracker = ""  # "wandb" or "tensorboard", beside metrics.jsonl
+    config.save_every = 10  # epochs between checkpoints; the last epoch is always saved
+    config.keep_checkpoints = 2  # older ones are removed; 0 keeps all
+    config.grid_every = 5  # epochs between picture grids of the same prompts and noise; 0: only first and last
+    config.grid_images = 16
+    config.threads = 0  # (memory) CPU threads a process; 0: cores / processes. For CPU runs only
+
+    config.model = "CompVis/stable-diffusion-v1-4"  # hub name or folder of a StableDiffusionPipeline
+    config.lora_rank = 4  # 0: full finetuning
+    config.lora_targets = "to_q,to_k,to_v,to_out.0"  # module names of the UNet, comma-separated
+    config.precision = "fp32"  # of the network: fp32, tf32, bf16, fp16. Trained weights are float32 in all
+    config.algorithm = "ddpo_is"  # a function of ddpo/losses.py
+    config.reward = "jpeg_compressibility"  # a function of ddpo/rewards.py
+    config.prompts = "imagenet_animals"  # a function of ddpo/prompts.py, or a text file with one prompt a line
+
+    config.sample = sample = ConfigDict()
+    sample.images_per_epoch = 256  # reward queries a round, over all processes
+    sample.images_per_prompt = 1  # consecutive samples that share a prompt
+    sample.batch_size = 8  # (memory) images per forward pass and process
+    sample.num_steps = 50  # T, denoising steps
+    sample.guidance_scale = 5.0  # classifier-free guidance in sampling and in training; 1: none
+    sample.eta = 1.0  # noise of the DDIM step; must be > 0 for a policy that is a distribution
+    sample.height = 0  # pixels; 0: the model's own size
+    sample.width = 0
+
+    config.stats = stats = ConfigDict()  # advantages per prompt, see ddpo/stat_tracking.py
+    stats.buffer_size = 32  # rewards kept per prompt
+    stats.min_count = 16  # below that many, a prompt is normalised by the whole round
+    stats.max_age = 10  # rounds after which a kept reward is forgotten; 0: never (the paper)
+
+    config.train = train = ConfigDict()
+    train.updates_per_epoch = 4  # optimizer steps per pass over the round's samples
+    train.inner_epochs = 1  # passes over the round's samples
+    train.batch_size = 8  # (memory) transitions (x_t, t, x_t-1) per forward and backward pass and process
+    train.gradient_checkpointing = False  # (memory) recompute activations in the backward pass: slower, far smaller
+    train.learning_rate = 3e-4
+    train.adam_beta1 = 0.9
+    train.adam_beta2 = 0.999
+    train.adam_weight_decay = 1e-4
+    train.adam_epsilon = 1e-8
+    train.max_grad_norm = 1.0
+    train.clip_range = 1e-4  # of the importance ratio of a step; tied to the latent's size, see README
+    train.advantage_clip = 5.0  # advantages are clipped to +-this
+    train.timestep_fraction = 1.0  # share of the T steps that are trained on, drawn anew for each update
+    return config
+
+
+def check(config, processes=1):
+    """Raises InputError if the numbers of a config cannot work. Names are checked where they are looked up."""
+    sample, train = config.sample, config.train
+    for name, value, lowest in (
+        ("num_epochs", config.num_epochs, 1), ("seed", config.seed, 0),
+        ("lora_rank", config.lora_rank, 0), ("save_every", config.save_every, 1),
+        ("keep_checkpoints", config.keep_checkpoints, 0), ("grid_every", config.grid_every, 0),
+        ("grid_images", config.grid_images, 1), ("threads", config.threads, 0),
+        ("sample.images_per_epoch", sample.images_per_epoch, 1), ("sample.batch_size", sample.batch_size, 1),
+        ("sample.images_per_prompt", sample.images_per_prompt, 1), ("sample.num_steps", sample.num_steps, 1),
+        ("sample.height", sample.height, 0), ("sample.width", sample.width, 0),
+        ("stats.buffer_size", config.stats.buffer_size, 1), ("stats.min_count", config.stats.min_count, 1),
+        ("stats.max_age", config.stats.max_age, 0), ("train.updates_per_epoch", train.updates_per_epoch, 1),
+        ("train.inner_epochs", train.inner_epochs, 1), ("train.batch_size", train.batch_size, 1),
+    ):  # fmt: skip
+        if value < lowest:
+            raise InputError(f"{name} = {value} must be at least {lowest}")
+    for name in ("learning_rate", "clip_range", "advantage_clip", "max_grad_norm", "timestep_fraction"):
+        if not train[name] > 0:
+            raise InputError(f"train.{name} = {train[name]} must be greater than 0")
+    if not 0 < sample.eta <= 1:
+        raise InputError(
+            f"sample.eta = {sample.eta}: DDPO needs 0 < eta <= 1, since a deterministic step has no likelihood"
+        )
+    if sample.guidance_scale < 1:
+        raise InputError(f"sample.guidance_scale = {sample.guidance_scale} must be at least 1 (1: no guidance)")
+    if not round(train.timestep_fraction * sample.num_steps) or train.timestep_fraction > 1:
+        raise InputError(
+            f"train.timestep_fraction = {train.timestep_fraction} of sample.num_steps = {sample.num_steps} must leave "
+            f"1 to {sample.num_steps} steps: use {1 / sample.num_steps:.3g} to 1"
+        )
+    if config.tracker not in ("", "wandb", "tensorboard"):
+        raise InputError(f'unknown tracker {config.tracker!r}: "" (none), wandb or tensorboard')
+    _check_divides(sample.images_per_epoch, train.updates_per_epoch * processes,
+                   f"train.updates_per_epoch = {train.updates_per_epoch} x {processes} processes")  # fmt: skip
+    _check_divides(sample.images_per_epoch, sample.images_per_prompt,
+                   f"sample.images_per_prompt = {sample.images_per_prompt}")  # fmt: skip
+
+
+def _check_divides(images, parts, what):
+    if images % parts:
+        below, above = images // parts * parts, (images // parts + 1) * parts
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise InputError(f"sample.images_per_epoch = {images} is not a multiple of {what} ({parts}): use {nearest}")

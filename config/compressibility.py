@@ -1,0 +1,50 @@
+"""Compressibility at the paper's scale: Stable Diffusion 1.4 learns to make small JPEG files.
+
+    accelerate launch train.py --config config/compressibility.py          (LoRA, the port's settings)
+    accelerate launch train.py --config config/compressibility.py:full     (the paper's settings)
+
+Prompts: the 398 ImageNet animals. 256 images a round in 4 updates; 100 rounds (LoRA) or 200 (full; 51,200 reward
+queries).
+
+Not yet run on the real weights. The pipeline at its true size, with random weights, has run: see README.
+"""
+
+from config.base import get_config as base
+from ddpo import choose
+
+
+def get_config(variant="lora"):
+    config = base()
+    config.model = "CompVis/stable-diffusion-v1-4"
+    config.reward = "jpeg_compressibility"
+    config.prompts = "imagenet_animals"
+    config.sample.images_per_epoch = 256
+    config.sample.num_steps = 50
+    config.sample.guidance_scale = 5.0
+    config.train.updates_per_epoch = 4
+    config.train.clip_range = 1e-4
+    return choose("variant", variant, {"lora": lora, "full": full})(config)
+
+
+def lora(config):
+    """The port's: fp16 there; bf16 here, whose range needs no loss scaling."""
+    config.lora_rank = 4
+    config.precision = "bf16"
+    config.num_epochs = 100
+    config.train.learning_rate = 3e-4
+    config.train.advantage_clip = 5.0
+    config.stats.min_count = 16
+    config.stats.buffer_size = 16
+    return config
+
+
+def full(config):
+    """The paper's: every weight of the UNet, float32."""
+    config.lora_rank = 0
+    config.precision = "fp32"
+    config.num_epochs = 200
+    config.train.learning_rate = 1e-5
+    config.train.advantage_clip = 10.0
+    config.stats.min_count = 16
+    config.stats.buffer_size = 32
+    return config

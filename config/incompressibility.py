@@ -1,0 +1,15 @@
+"""Incompressibility at the paper's scale: Stable Diffusion 1.4 learns to make large JPEG files.
+
+    accelerate launch train.py --config config/incompressibility.py          (LoRA, the port's settings)
+    accelerate launch train.py --config config/incompressibility.py:full     (the paper's settings)
+
+All else as in compressibility.py. Not yet run on the real weights.
+"""
+
+from config import compressibility
+
+
+def get_config(variant="lora"):
+    config = compressibility.get_config(variant)
+    config.reward = "jpeg_incompressibility"
+    return config

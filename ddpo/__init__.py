@@ -1,0 +1,24 @@
+"""Denoising Diffusion Policy Optimization (arXiv 2305.13301). `train.py` is the algorithm; these are its parts."""
+
+import difflib
+import os
+
+# transformers would say at each start that torchvision is missing; no processor here needs it.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+class InputError(ValueError):
+    """What the user gave cannot work. The message is one line that says what is wrong and what to do."""
+
+
+def nearest(name, choices):
+    """ " Did you mean X?", or nothing if no choice is near."""
+    found = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.5)
+    return f" Did you mean {found[0]}?" if found else ""
+
+
+def choose(kind, name, choices):
+    """choices[name]; or an InputError that names the nearest choice, and all."""
+    if name not in choices:
+        raise InputError(f"unknown {kind} {name!r}.{nearest(name, choices)} There is: {', '.join(choices)}")
+    return choices[name]

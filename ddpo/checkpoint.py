@@ -1,0 +1,75 @@
+"""Saving and resuming a run.
+
+RUN/checkpoints/epoch_0010/ holds the weights after 10 epochs (lora/ or unet/, for anyone to load) and state.pt, the
+trainer's own: optimizer, gradient scaler and reward statistics. There is no generator to save, since all randomness
+is a function of (seed, epoch, sample). A checkpoint is written beside its place and renamed when it is whole, and only
+then are older ones removed.
+"""
+
+import json
+import os
+import re
+import shutil
+
+import torch
+
+from ddpo import InputError
+from ddpo.policy import load_weights, save_weights
+
+
+def save_checkpoint(run_dir, epoch, policy, optimizer, scaler, tracker, keep):
+    """Writes the checkpoint of a run after `epoch` epochs, then removes all but the newest `keep` (0: keeps all)."""
+    folder = os.path.join(run_dir, "checkpoints", f"epoch_{epoch:04d}")
+    temporary = folder + ".tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    save_weights(policy, temporary)
+    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "tracker": tracker.state_dict()}
+    torch.save({**state, "epoch": epoch}, os.path.join(temporary, "state.pt"))
+    for parent, _, files in os.walk(temporary):
+        for name in files:
+            with open(os.path.join(parent, name), "rb") as f:
+                os.fsync(f.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(temporary, folder)
+    for old in list_checkpoints(run_dir)[:-keep] if keep else []:
+        shutil.rmtree(old)
+
+
+def list_checkpoints(run_dir):
+    """The finished checkpoints of a run, oldest first."""
+    parent = os.path.join(run_dir, "checkpoints")
+    names = os.listdir(parent) if os.path.isdir(parent) else []
+    names = sorted((n for n in names if re.fullmatch(r"epoch_\d+", n)), key=lambda n: int(n.removeprefix("epoch_")))
+    return [os.path.join(parent, n) for n in names]
+
+
+def load_checkpoint(run_dir, policy, optimizer, scaler, tracker):
+    """Restores the newest checkpoint that can be read; says which ones it passed over. Returns the epochs it has done.
+
+    Raises InputError if there is none.
+    """
+    for folder in reversed(list_checkpoints(run_dir)):
+        try:
+            state = torch.load(os.path.join(folder, "state.pt"), map_location=policy.device, weights_only=True)
+            load_weights(policy, folder)
+        except (InputError, OSError, RuntimeError, EOFError, ValueError) as error:
+            print(f"passing over {folder}, which cannot be read: {str(error).splitlines()[0]}", flush=True)
+            continue
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        tracker.load_state_dict(state["tracker"])
+        return state["epoch"]
+    raise InputError(f"nothing to resume: {run_dir} holds no checkpoint that can be read")
+
+
+def truncate_metrics(run_dir, epoch):
+    """Drops the lines of metrics.jsonl from `epoch` on, which a resumed run writes again, and a line cut short."""
+    path = os.path.join(run_dir, "metrics.jsonl")
+    if not os.path.exists(path):
+        return
+    with open(path) as f:
+        kept = [line for line in f if line.endswith("\n") and json.loads(line)["epoch"] < epoch]
+    with open(path + ".tmp", "w") as f:
+        f.writelines(kept)
+    os.replace(path + ".tmp", path)

@@ -1,0 +1,59 @@
+"""The command line of train.py: --config FILE[:VARIANT], --config.KEY=VALUE, and one clear line for a mistake."""
+
+import os
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from config.base import get_config as base_config
+from ddpo import InputError, nearest
+from ddpo.tracking import flatten
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A preset of config/, with its variant: FILE:NAME")
+DEFAULT = "config/emoji.py"
+
+
+def run(train):
+    """Parses the command line and calls train(config, preset name). An InputError ends it with its one line."""
+
+    def main(_):
+        filename = config_flags.get_config_filename(flags.FLAGS["config"])
+        train(CONFIG.value, os.path.basename(filename).replace(".py", "").replace(":", "-").replace(",", "-"))
+
+    try:
+        app.run(main, flags_parser=_parse)
+    except InputError as error:
+        if os.environ.get("DDPO_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error} (DDPO_TRACEBACK=1 shows where)")
+
+
+def _parse(argv):
+    if not any(a.lstrip("-").split("=")[0] == "config" for a in argv[1:]):
+        argv = [argv[0], f"--config={DEFAULT}", *argv[1:]]
+    try:
+        rest = flags.FLAGS(argv)
+        CONFIG.value.to_dict()  # a config that did not load fails only here
+    except (AttributeError, KeyError) as error:  # what ml_collections raises for a key that does not exist
+        known = flatten(base_config())
+        given = [a.lstrip("-").removeprefix("config.").split("=")[0] for a in argv if a.startswith("--config.")]
+        unknown = next((key for key in given if key not in known), None)
+        if unknown is None:
+            raise
+        if "guidance" in unknown or "cfg" in unknown:
+            raise InputError(
+                f"unknown option {unknown}: guidance is one setting, sample.guidance_scale, for sampling and training; "
+                "with two, the importance ratio would mean nothing"
+            ) from error
+        raise InputError(
+            f"unknown option {unknown}.{nearest(unknown, known)} All of them are in config/base.py"
+        ) from error
+    except flags.Error as error:
+        # A preset's own InputError arrives inside a traceback, as text.
+        raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
+    except OSError as error:
+        raise InputError(f"--config does not name a file: {' '.join(str(error).split())}") from error
+    if len(rest) > 1:
+        raise InputError(f"{rest[1]!r} is not an option: they look like --config.seed=1")
+    return rest

@@ -1,0 +1,92 @@
+"""The trajectory sampler: text-to-image sampling that keeps every latent, and the log-prob of every step.
+
+`predict_noise` is the one place where the network is called and where classifier-free guidance is applied, for sampling
+and for training alike: a policy that samples with guidance and trains without it has a meaningless importance ratio.
+"""
+
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ddpo.ddim_logprob import ddim_step_with_logprob
+
+
+class Trajectories(NamedTuple):
+    """What B prompts became in T steps. `latents[:, 0]` is pure noise, `latents[:, T]` the picture's latent."""
+
+    images: list  # B PIL images
+    latents: torch.Tensor  # (B, T + 1, C, H, W) float32, on the policy's device
+    log_probs: torch.Tensor  # (B, T) float32: log p(latents[:, t + 1] | latents[:, t]), mean over dimensions
+    timesteps: torch.Tensor  # (T,) the scheduler's timesteps, falling
+
+
+def predict_noise(policy, latents, timesteps, prompt_embeds, negative_embeds, guidance_scale):
+    """The network's output with classifier-free guidance: uncond + guidance_scale * (cond - uncond).
+
+    Args:
+        policy: a `ddpo.policy.Policy`.
+        latents: (B, C, H, W).
+        timesteps: (B,).
+        prompt_embeds: (B, L, D) of the prompts.
+        negative_embeds: (1, L, D) of the empty prompt.
+        guidance_scale: 1 is no guidance (one forward pass instead of two).
+    Returns:
+        (B, C, H, W) float32.
+    """
+    if guidance_scale == 1:
+        return policy.forward(latents, timesteps, prompt_embeds)
+    both = torch.cat([negative_embeds.expand_as(prompt_embeds), prompt_embeds])
+    output = policy.forward(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), both)
+    uncond, cond = output.chunk(2)
+    return uncond + guidance_scale * (cond - uncond)
+
+
+@torch.no_grad()
+def sample_with_logprob(policy, prompts, noise, guidance_scale, eta, batch_size=0, progress=None):
+    """Samples one picture per prompt and records its trajectory.
+
+    Args:
+        policy: a `ddpo.policy.Policy`, its scheduler set to T timesteps.
+        prompts: B strings.
+        noise: function of an index i in 0..B-1 that returns the (T + 1, C, H, W) standard normal noise of picture i:
+            the initial latent, then one for each step. Nothing else is random: `batch_size` changes no result.
+        guidance_scale, eta: see `predict_noise` and `ddim_step_with_logprob`.
+        batch_size: pictures per forward pass; 0 for all at once.
+        progress: label of a progress bar, None for none.
+    Returns:
+        Trajectories.
+    """
+    scheduler, count = policy.scheduler, len(prompts)
+    timesteps = scheduler.timesteps.to(policy.device)
+    initial_scale = float(scheduler.init_noise_sigma)
+    batch_size = batch_size or count
+    images, all_latents, all_log_probs = [], [], []
+    bar = tqdm(total=count * len(timesteps), desc=progress, unit="step", leave=False, disable=progress is None)
+    for start in range(0, count, batch_size):
+        batch = range(start, min(start + batch_size, count))
+        prompt_embeds = policy.embed([prompts[i] for i in batch])
+        negative_embeds = policy.embed([""])
+        batch_noise = torch.stack([noise(i) for i in batch]).to(policy.device)  # (b, T + 1, C, H, W)
+        latents = [batch_noise[:, 0] * initial_scale]
+        log_probs = []
+        for step, t in enumerate(timesteps):
+            t = t.expand(len(batch))
+            output = predict_noise(policy, latents[-1], t, prompt_embeds, negative_embeds, guidance_scale)
+            x, log_prob = ddim_step_with_logprob(scheduler, output, t, latents[-1], eta, noise=batch_noise[:, step + 1])
+            latents.append(x)
+            log_probs.append(log_prob)
+            bar.update(len(batch))
+        images += decode(policy, latents[-1])
+        all_latents.append(torch.stack(latents, dim=1))
+        all_log_probs.append(torch.stack(log_probs, dim=1))
+    bar.close()
+    return Trajectories(images, torch.cat(all_latents), torch.cat(all_log_probs), timesteps)
+
+
+def decode(policy, latents):
+    """Latents (B, C, H, W) -> B PIL images, through the VAE in float32."""
+    pixels = policy.vae.decode(latents / policy.vae.config.scaling_factor).sample
+    pixels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+    return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]

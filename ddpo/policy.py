@@ -1,0 +1,151 @@
+"""The policy: a base model, LoRA or full, in some precision. The only file that knows which base model it is.
+
+Stable Diffusion 1.x and 2.x, or any folder or hub name that diffusers loads as a `StableDiffusionPipeline`.
+
+Precision. Trainable weights and the optimizer are always float32; "bf16" and "fp16" run the network under autocast, and
+keep frozen weights (all of the UNet, for LoRA) in half precision too. "tf32" is float32 with TensorFloat-32 matrix
+products. The VAE is float32 in every mode: it runs once per picture, and in half precision it bands and overflows.
+"""
+
+import os
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from ddpo import InputError, choose
+
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # name -> autocast dtype
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+class Policy:
+    """The parts of a base model, with what sampling and training need of them."""
+
+    def __init__(self, pipe, device, precision, lora_rank):
+        self.pipe, self.device, self.lora_rank = pipe, torch.device(device), lora_rank
+        self.dtype = choose("precision", precision, PRECISIONS)
+        self.unet, self.vae, self.scheduler = pipe.unet, pipe.vae, pipe.scheduler
+        self._embeddings = {}
+
+    def forward(self, latents, timesteps, prompt_embeds):
+        """The UNet's output (B, C, H, W) in float32, computed in the policy's precision. Sampling and training both
+        come through here: another autocast, or train mode in one of them, would bias every importance ratio."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            return self.unet(latents, timesteps, prompt_embeds).sample.float()
+
+    @torch.no_grad()
+    def embed(self, prompts):
+        """(B, L, D) text embeddings. Each prompt is encoded once, and alone, so that no batch changes its bits."""
+        for prompt in set(prompts) - self._embeddings.keys():
+            self._embeddings[prompt] = self.pipe.encode_prompt(prompt, self.device, 1, False)[0][0].float()
+        return torch.stack([self._embeddings[prompt] for prompt in prompts])
+
+    def trainable_parameters(self):
+        return [p for p in self.unet.parameters() if p.requires_grad]
+
+    def latent_shape(self, height=0, width=0):
+        """(C, H, W) of the latent of a picture of height x width pixels; 0 is the model's own size."""
+        factor = self.pipe.vae_scale_factor
+        size = self.unet.config.sample_size
+        own = (size, size) if isinstance(size, int) else tuple(size)
+        pixels = [given or s * factor for given, s in zip((height, width), own)]
+        for name, value in zip(("height", "width"), pixels):
+            step = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+            if value % step:
+                raise InputError(f"sample.{name} = {value} is not a multiple of {step}, as this model needs: use "
+                                 f"{max(step, value // step * step)} or {(value // step + 1) * step}")  # fmt: skip
+        return (self.unet.config.in_channels, *(p // factor for p in pixels))
+
+    def set_lora_enabled(self, enabled):
+        """Turns the LoRA off (the base model) and on again."""
+        if self.lora_rank:
+            (self.unet.enable_adapters if enabled else self.unet.disable_adapters)()
+
+
+def load_policy(model, lora_rank, precision, device, lora_targets=("to_q", "to_k", "to_v", "to_out.0"), lora_seed=0):
+    """Loads a base model and makes it trainable.
+
+    Args:
+        model: a folder, or a name on the hub, that holds a StableDiffusionPipeline.
+        lora_rank: 0 for full finetuning of the UNet, else the rank of the LoRA on the modules named by `lora_targets`.
+            Its alpha equals its rank, so its scale is 1 for every rank.
+        precision: fp32, tf32, bf16 or fp16.
+        device: where it runs.
+        lora_seed: of the LoRA's initial weights.
+    Raises:
+        InputError if there is no such model, or `lora_targets` name none of its modules.
+    """
+    dtype = choose("precision", precision, PRECISIONS)
+    pipe = load_pipeline(model)
+    pipe.vae.requires_grad_(False)
+    pipe.text_encoder.requires_grad_(False)
+    pipe.unet.requires_grad_(not lora_rank)
+    pipe.to(device)
+    if lora_rank:
+        if dtype is not None:
+            pipe.unet.to(dtype)
+        torch.manual_seed(lora_seed)
+        lora = LoraConfig(
+            r=lora_rank, lora_alpha=lora_rank, init_lora_weights="gaussian", target_modules=list(lora_targets)
+        )
+        try:
+            pipe.unet.add_adapter(lora)
+        except ValueError as error:
+            raise InputError(f"lora_targets {', '.join(lora_targets)}: {str(error).splitlines()[0]}") from error
+        for p in pipe.unet.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    pipe.unet.eval()
+    return Policy(pipe, device, precision, lora_rank)
+
+
+def load_pipeline(model):
+    """The StableDiffusionPipeline at a folder or hub name, in float32, with a DDIM scheduler. Raises InputError."""
+    if not os.path.isdir(model) and (model.startswith((".", "/", "~")) or model.count("/") != 1):
+        raise InputError(f"model {model!r}: there is no such folder, and it is not a name on the hub (OWNER/NAME)")
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            model, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+        )
+    except (OSError, ValueError) as error:
+        where = "is not a StableDiffusionPipeline folder" if os.path.isdir(model) else (
+            "is not a folder here and could not be had from the hub")  # fmt: skip
+        raise InputError(f"model {model!r} {where}: {str(error).strip().splitlines()[0]}") from error
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_weights(policy, folder):
+    """Writes the trained weights: FOLDER/lora for `pipe.load_lora_weights`, or FOLDER/unet for `from_pretrained`."""
+    if policy.lora_rank:
+        StableDiffusionPipeline.save_lora_weights(
+            os.path.join(folder, "lora"), get_peft_model_state_dict(policy.unet), weight_name=LORA_FILE
+        )
+    else:
+        policy.unet.save_pretrained(os.path.join(folder, "unet"))
+
+
+def load_weights(policy, folder):
+    """Reads what `save_weights` wrote into the weights that the policy already has, and the optimizer holds: loading
+    an adapter the usual way would add a second one that nothing trains. Raises InputError if they do not fit."""
+    kind = "lora" if policy.lora_rank else "unet"
+    path = os.path.join(folder, kind)
+    if not os.path.isdir(path):
+        raise InputError(f"{folder} has no {kind}/ folder: was it trained with another lora_rank?")
+    try:
+        if policy.lora_rank:
+            state = load_file(os.path.join(path, LORA_FILE))
+            state = {key.removeprefix("unet."): value for key, value in state.items()}
+            expected = get_peft_model_state_dict(policy.unet)
+            if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
+                raise InputError(f"the LoRA in {path} has other modules or another rank than this run's")
+            set_peft_model_state_dict(policy.unet, state)
+        else:
+            policy.unet.load_state_dict(UNet2DConditionModel.from_pretrained(path).state_dict())
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"the weights in {path} do not load: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,102 @@
+"""Prompt sets.
+
+A set is a function without arguments that returns its full list of `(prompt, metadata)` pairs; training draws from
+that list uniformly. The metadata is a dict for the reward function, empty when it needs none.
+
+To add a set: write one such function, and put it in `PROMPT_SETS` below.
+"""
+
+import functools
+from pathlib import Path
+
+import inflect
+
+from ddpo import InputError, choose
+
+ASSETS = Path(__file__).parent / "assets"
+ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
+
+_english = inflect.engine()
+
+
+@functools.cache
+def _read_asset(name):
+    """The lines of one file in `ddpo/assets`."""
+    return tuple((ASSETS / name).read_text(encoding="utf-8").splitlines())
+
+
+def imagenet_animals():
+    """The 398 animal classes of ImageNet-1k (class ids 0 to 397): "a tench"."""
+    return [(_english.a(animal), {}) for animal in _read_asset("imagenet_animals.txt")]
+
+
+def common_animals():
+    """The DDPO paper's 45 common animals: "a cat"."""
+    return [(_english.a(animal), {}) for animal in _read_asset("common_animals.txt")]
+
+
+def animal_activities():
+    """Each common animal doing each of three things that animals do not do: "a cat washing the dishes"."""
+    return [
+        (f"{_english.a(animal)} {activity}", {"animal": animal, "activity": activity})
+        for animal in _read_asset("common_animals.txt")
+        for activity in ACTIVITIES
+    ]
+
+
+def counting():
+    """Two to eight of each common animal, with questions about the image and their answers: "three cats"."""
+    pairs = []
+    for animal in _read_asset("common_animals.txt"):
+        plural = _english.plural_noun(animal)
+        questions = [f"How many {plural} are there in this image?", "What animal is in this image?"]
+        for count in range(2, 9):
+            number = _english.number_to_words(count)
+            pairs.append((f"{number} {plural}", {"questions": list(questions), "answers": [number, animal]}))
+    return pairs
+
+
+def from_file(path):
+    """The lines of a UTF-8 text file, one prompt per line; blank lines are ignored."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # -sig: some editors begin the file with a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(f"cannot read the prompt file {str(path)!r}: {reason}") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise InputError(f"the prompt file {str(path)!r} has no prompts: it needs one per line")
+    return [(prompt, {}) for prompt in prompts]
+
+
+PROMPT_SETS = {
+    "imagenet_animals": imagenet_animals,
+    "common_animals": common_animals,
+    "animal_activities": animal_activities,
+    "counting": counting,
+}
+
+
+def get_prompts(name):
+    """The `(prompt, metadata)` pairs of the set called `name`, or of the text file at the path `name`."""
+    if "/" in name or name.endswith(".txt"):
+        return from_file(name)
+    return choose("prompt set", name, PROMPT_SETS)()
+
+
+def check_length(prompts, tokenizer):
+    """Refuse prompts longer than `tokenizer.model_max_length`: what goes beyond would be cut without a word.
+
+    Args:
+        prompts: the prompts, as strings.
+        tokenizer: the text encoder's tokenizer. The start and end tokens that it adds count.
+    """
+    prompts, limit = list(prompts), tokenizer.model_max_length
+    lengths = [len(ids) for ids in tokenizer(prompts, verbose=False).input_ids]
+    too_long = [(prompt, length) for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
+    if too_long:
+        prompt, length = too_long[0]
+        raise InputError(
+            f"the prompt {prompt!r} has {length} tokens and the text encoder takes {limit}; shorten it "
+            f"({len(too_long)} of {len(lengths)} prompts are too long)"
+        )

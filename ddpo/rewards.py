@@ -1,0 +1,71 @@
+"""Rewards. Each is a function
+
+    rewards, info = reward(images, prompts, metadata)
+
+images: B PIL images; prompts: B strings; metadata: B dicts that came with the prompts. rewards: (B,) numbers, higher is
+better; info: a dict of (B,) numbers to log by their mean. To add one: write the function, add its name to REWARDS.
+"""
+
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from ddpo import InputError
+
+
+def jpeg_size(images):
+    """(B,) sizes in kB (1000 bytes) of the images as JPEG of quality 95, Pillow's defaults otherwise (the paper)."""
+
+    def size(image):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=95)
+        return buffer.tell() / 1000
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow encodes outside the interpreter lock
+        return np.array(list(pool.map(size, images)), dtype=np.float32)
+
+
+def jpeg_incompressibility(images, prompts, metadata):
+    """Size as JPEG, in kB."""
+    sizes = jpeg_size(images)
+    return sizes, {"jpeg_kb": sizes}
+
+
+def jpeg_compressibility(images, prompts, metadata):
+    """Minus the size as JPEG, in kB."""
+    sizes = jpeg_size(images)
+    return -sizes, {"jpeg_kb": sizes}
+
+
+REWARDS = {"jpeg_compressibility": jpeg_compressibility, "jpeg_incompressibility": jpeg_incompressibility}
+
+
+def compute_rewards(reward, images, prompts, metadata):
+    """Calls a reward and checks what it returns.
+
+    Returns:
+        rewards (B,) float32 and info, a dict of (B,) arrays.
+    Raises:
+        InputError naming the reward, and the prompt where one is to blame, if the reward raises, or returns something
+        else than B finite numbers and a dict.
+    """
+    name, count = getattr(reward, "__name__", str(reward)), len(images)
+    try:
+        result = reward(images, prompts, metadata)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"reward {name} raised {reason} (first of its prompts: {prompts[0]!r})") from error
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+        raise InputError(f"reward {name} must return a pair (rewards, info dict), not {type(result).__name__}")
+    try:
+        rewards = np.asarray(result[0], dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"reward {name} must return numbers: {error}") from error
+    if rewards.shape != (count,):
+        raise InputError(f"reward {name} returned shape {rewards.shape} for {count} images: it must be ({count},)")
+    for prompt, value in zip(prompts, rewards.tolist()):
+        if not np.isfinite(value):
+            raise InputError(f"reward {name} returned {value} for the prompt {prompt!r}: rewards must be finite")
+    return rewards, {key: np.asarray(value, dtype=np.float32) for key, value in result[1].items()}

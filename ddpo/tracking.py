@@ -1,0 +1,72 @@
+"""What a run leaves behind: RUN/config.json, metrics.jsonl and images/, always; wandb or TensorBoard by an option."""
+
+import json
+import os
+from netrc import NetrcParseError, netrc
+
+from PIL import Image, ImageDraw
+
+
+def start_run(run_dir, config):
+    """Makes the run's folder and writes its config.json; on a resume, says which options are others than before."""
+    os.makedirs(os.path.join(run_dir, "images"), exist_ok=True)
+    path, new = os.path.join(run_dir, "config.json"), flatten(config)
+    if os.path.exists(path):
+        with open(path) as f:
+            old = flatten(json.load(f))
+        for key in sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k)):
+            if key not in ("run_dir", "resume", "num_epochs"):
+                print(f"{run_dir}: {key} was {old.get(key)!r} and is {new.get(key)!r} from here on", flush=True)
+    with open(path, "w") as f:
+        json.dump(config.to_dict(), f, indent=2)
+
+
+def flatten(config, prefix=""):
+    """{dotted name: value} of all leaves of a ConfigDict or nested dict."""
+    leaves = {}
+    for key, value in config.items():
+        leaves |= flatten(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value}
+    return leaves
+
+
+def start_tracker(accelerator, run_dir, config):
+    """Starts wandb or TensorBoard if `config.tracker` asks for it. wandb never asks for a login: without a key it
+    records offline."""
+    if not config.tracker:
+        return
+    if config.tracker == "wandb" and "WANDB_MODE" not in os.environ and not _has_wandb_key():
+        os.environ["WANDB_MODE"] = "offline"
+        print(f"wandb: no API key, so it records offline; later: wandb sync {run_dir}/wandb/offline-*", flush=True)
+    options = {"wandb": {"dir": run_dir, "name": os.path.basename(run_dir)}}
+    accelerator.init_trackers("ddpo", config=flatten(config), init_kwargs=options if config.tracker == "wandb" else {})
+
+
+def _has_wandb_key():
+    try:
+        return bool(os.environ.get("WANDB_API_KEY") or netrc().authenticators("api.wandb.ai"))
+    except (OSError, NetrcParseError):
+        return False
+
+
+def log_metrics(accelerator, run_dir, metrics):
+    """Appends one line to metrics.jsonl, and sends it to the tracker."""
+    with open(os.path.join(run_dir, "metrics.jsonl"), "a") as f:
+        f.write(json.dumps(metrics) + "\n")
+    accelerator.log({k: v for k, v in metrics.items() if k != "epoch"}, step=metrics["epoch"])
+
+
+def image_grid(images, labels=None, columns=0):
+    """One picture of many, `columns` to a row (0: nearly square), each with its label under it."""
+    columns = columns or min(len(images), max(1, round(len(images) ** 0.5 * 1.3)))
+    width, height = images[0].size
+    zoom = max(1, 96 // width)  # a 64-pixel picture is too small for a label and for most eyes
+    width, height = width * zoom, height * zoom
+    line = 13 if labels else 0
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * (width + 2), rows * (height + 2 + line)), "white")
+    for i, image in enumerate(images):
+        left, top = i % columns * (width + 2), i // columns * (height + 2 + line)
+        grid.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
+        if labels:
+            ImageDraw.Draw(grid).text((left + 1, top + height), labels[i][: width // 6], fill="black")
+    return grid

@@ -1,0 +1,479 @@
+"""Makes the embedded models from nothing: a small Stable Diffusion, a tiny CLIP and a classifier of the emoji world.
+
+    apt-get install fonts-noto-color-emoji
+    python -m scripts.make_emoji_model
+
+Seven stages, each skipped once done and resumed where it was stopped (state in --work): pictures, tokenizer,
+classifier, VAE, latents, UNet with its text encoder, CLIP. Then everything is saved in half precision under --output
+with grids to look at, and the figures of that folder's README are measured and printed (--report_only: just those).
+
+Batch k of a stage is drawn by a generator seeded with (seed, k), so a stopped run continues exactly.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.training_utils import EMAModel, compute_snr
+from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from tqdm import tqdm
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from ddpo import emoji
+
+MAX_TOKENS = 24  # the longest caption has 9
+VALIDATION_SEED = 1_000_000  # pictures drawn with this seed are never trained on
+ANIMALS = list(emoji.ANIMALS)
+TO_CLIP = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # the [-1, 1] of the VAE, for CLIP and classifier too
+
+
+# ---------------------------------------------------------------------------------------------------- pictures, words
+
+
+def draw_picture(index, seed):
+    """Scene and (SIZE, SIZE, 3) uint8 picture number `index` of the data set of that seed."""
+    rng = np.random.default_rng((seed, index))
+    scene = emoji.sample_scene(rng)
+    return scene, np.asarray(emoji.render(scene, rng))
+
+
+def draw_pictures(count, seed):
+    """(count, SIZE, SIZE, 3) uint8 pictures and their scenes, drawn by all cores."""
+    with multiprocessing.Pool() as pool:
+        jobs = pool.imap(functools.partial(draw_picture, seed=seed), range(count), chunksize=64)
+        scenes, pictures = zip(*tqdm(jobs, "pictures", count))
+    return np.stack(pictures), scenes
+
+
+def all_captions():
+    """Every caption of the world: what the tokenizer is trained on."""
+    animals = [f"{emoji.article(a)} {a}" for a in ANIMALS]
+    backgrounds = [f"on a {t} {c} background" for t in emoji.TEXTURES for c in emoji.COLOURS]
+    return animals + [f"{a} {rest}" for a in animals for rest in (*emoji.ACTIVITIES, *backgrounds)]
+
+
+def make_tokenizer():
+    """A CLIPTokenizer whose byte-pair vocabulary has one token for each word of the world, and single bytes."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    backend = CLIPTokenizer().backend_tokenizer
+    single_letters = [a + b for a in "abcdefghijklmnopqrstuvwxyz0123456789-'" for b in ("", " ", a)]
+    trainer = BpeTrainer(
+        vocab_size=10_000,
+        special_tokens=[start, end],
+        initial_alphabet=ByteLevel.alphabet(),
+        end_of_word_suffix="</w>",
+        min_frequency=2,
+        show_progress=False,
+    )
+    backend.train_from_iterator(all_captions() + single_letters, trainer)
+    model = json.loads(backend.to_str())["model"]
+    merges = [tuple(m) for m in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=MAX_TOKENS)
+
+
+def tokenize(tokenizer, texts):
+    """(len(texts), MAX_TOKENS) token ids, padded as the pipeline pads."""
+    return tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+
+
+def to_tensor(pictures, device):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# ------------------------------------------------------------------------------------------------------ training loop
+
+
+def train(stage, modules, loss_fn, args, learning_rate, weight_decay=0.0, ema_decay=0.999):
+    """Minimises `loss_fn(rng, generator)` over the parameters of `modules` with AdamW, a cosine schedule and an EMA.
+
+    Leaves the EMA weights in the modules. Saves its state every --save_every steps and resumes from it.
+    """
+    path, steps = os.path.join(args.work, f"{stage}.pt"), getattr(args, f"{stage}_steps")
+    parameters = torch.nn.ModuleList(modules)
+    optimizer = torch.optim.AdamW(parameters.parameters(), learning_rate, weight_decay=weight_decay, fused=True)
+    ema = EMAModel(parameters.parameters(), decay=ema_decay)
+    step, seconds = 0, 0.0
+    if os.path.exists(path):
+        state = torch.load(path, map_location=args.device, weights_only=False)
+        parameters.load_state_dict(state["parameters"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+        ema.to(args.device)
+        step, seconds = state["step"], state["seconds"]
+    parameters.train()
+    average, start = None, time.time()
+    progress = tqdm(range(step, steps), stage, steps, initial=step)
+    for step in progress:
+        warmup, done = min(1.0, (step + 1) / 200), step / steps
+        optimizer.param_groups[0]["lr"] = learning_rate * warmup * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * done)))
+        generator = torch.Generator(args.device).manual_seed(args.seed * 10**7 + step)
+        with torch.autocast(args.device, torch.bfloat16):
+            loss = loss_fn(np.random.default_rng((args.seed, step)), generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(parameters.parameters())
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        progress.set_postfix(loss=f"{average:.4f}", refresh=False)
+        if (step + 1) % args.save_every == 0 or step + 1 == steps:
+            state = {
+                "parameters": parameters.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "ema": ema.state_dict(),
+                "step": step + 1,
+                "seconds": seconds + time.time() - start,
+            }
+            torch.save(state, path + ".tmp")
+            os.replace(path + ".tmp", path)
+    ema.copy_to(parameters.parameters())
+    return parameters.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------------- stages
+
+
+def make_classifier(args, pictures, scenes):
+    """A ResNet that names the animal: it judges the diffusion model, and is never a reward."""
+    torch.manual_seed(args.seed)
+    config = ResNetConfig(
+        embedding_size=32,
+        hidden_sizes=[32, 64, 96],
+        depths=[1, 1, 1],
+        layer_type="basic",
+        id2label=dict(enumerate(ANIMALS)),
+        label2id={a: i for i, a in enumerate(ANIMALS)},
+    )
+    classifier = ResNetForImageClassification(config).to(args.device)
+    labels = torch.tensor([ANIMALS.index(s.animal) for s in scenes], device=args.device)
+
+    def loss_fn(rng, generator):
+        index = rng.integers(len(pictures), size=64)
+        x = to_tensor(pictures[index], args.device)
+        # Generated pictures are softer than drawn ones: train on blurred and noisy pictures too.
+        small = F.interpolate(x, size=int(rng.integers(20, 65)), mode="area")
+        x = F.interpolate(small, size=emoji.SIZE, mode="bilinear")
+        x = x + rng.uniform(0, 0.2) * torch.randn(x.shape, generator=generator, device=args.device)
+        logits = classifier(x).logits.float()
+        return F.cross_entropy(logits, labels[torch.from_numpy(index)], label_smoothing=0.1)
+
+    train("classifier", [classifier], loss_fn, args, learning_rate=3e-3, weight_decay=1e-2, ema_decay=0.99)
+    return classifier
+
+
+def make_vae(args, pictures):
+    torch.manual_seed(args.seed)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=emoji.SIZE,
+    ).to(args.device)
+
+    def loss_fn(rng, generator):
+        x = to_tensor(pictures[rng.integers(len(pictures), size=32)], args.device)
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample(generator)).sample.float()
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
+        return F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-4 * kl
+
+    train("vae", [vae], loss_fn, args, learning_rate=2e-3)
+    return vae
+
+
+@torch.no_grad()
+def encode(vae, pictures, device):
+    """Mean and standard deviation of the latents of all pictures, float16, and the factor that scales them to 1."""
+    moments = []
+    for i in tqdm(range(0, len(pictures), 64), "latents"):
+        posterior = vae.encode(to_tensor(pictures[i : i + 64], device)).latent_dist
+        moments.append(torch.stack([posterior.mean, posterior.std]).half())
+    moments = torch.cat(moments, dim=1)
+    mean, std = moments.float()
+    vae.register_to_config(scaling_factor=1 / (mean.var() + std.square().mean()).sqrt().item())
+    return moments
+
+
+def make_unet(args, moments, scenes, scale, tokenizer):
+    torch.manual_seed(args.seed)
+    text_encoder = CLIPTextModel(text_config(tokenizer)).to(args.device)
+    # The 16x16 level has no attention: it costs half of all time there and the world's pictures do not need it.
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 96, 96),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    ).to(args.device)
+    scheduler = make_scheduler()
+    empty = tokenize(tokenizer, [""])
+    tokens = {c: t for c, t in zip(all_captions(), tokenize(tokenizer, all_captions()))}
+
+    def loss_fn(rng, generator):
+        index = rng.integers(moments.shape[1], size=args.unet_batch)
+        mean, std = moments[:, torch.from_numpy(index)].float()
+        noise = torch.randn((2, *mean.shape), generator=generator, device=args.device)
+        latents = (mean + std * noise[0]) * scale
+        timesteps = torch.randint(0, 1000, (len(index),), generator=generator, device=args.device)
+        ids = torch.stack([tokens[emoji.caption(scenes[i], rng)] for i in index])
+        ids[torch.from_numpy(rng.random(len(index)) < 0.1)] = empty  # for classifier-free guidance
+        embeddings = text_encoder(ids.to(args.device)).last_hidden_state
+        prediction = unet(scheduler.add_noise(latents, noise[1], timesteps), timesteps, embeddings).sample.float()
+        # Min-SNR-5 weighting (arXiv 2303.09556): without it the nearly clean timesteps take most of the gradient.
+        snr = compute_snr(scheduler, timesteps)
+        weight = snr.clamp(max=5) / snr
+        return (weight * (prediction - noise[1]).square().mean(dim=(1, 2, 3))).mean()
+
+    processors = unet.attn_processors
+    if args.device == "cpu":  # the fused attention's bfloat16 backward is ten times slower there than the plain one
+        unet.set_attn_processor(AttnProcessor())
+    train("unet", [unet, text_encoder], loss_fn, args, learning_rate=1e-3, weight_decay=1e-2, ema_decay=0.9995)
+    unet.set_attn_processor(processors)
+    return unet, text_encoder
+
+
+def make_clip(args, pictures, scenes, tokenizer):
+    torch.manual_seed(args.seed)
+    vision = {
+        "hidden_size": 80,
+        "intermediate_size": 320,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": emoji.SIZE,
+        "patch_size": 8,
+    }
+    text = text_config(tokenizer).to_dict()
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)).to(args.device)
+    tokens = {c: t for c, t in zip(all_captions(), tokenize(tokenizer, all_captions()))}
+
+    def loss_fn(rng, generator):
+        index = rng.integers(len(pictures), size=128)
+        captions = [emoji.caption(scenes[i], rng) for i in index]
+        x = to_tensor(pictures[index], args.device)
+        x = x + rng.uniform(0, 0.1) * torch.randn(x.shape, generator=generator, device=args.device)
+        ids = torch.stack([tokens[c] for c in captions]).to(args.device)
+        logits = clip(input_ids=ids, pixel_values=x).logits_per_image.float()
+        # Two pictures of one batch may carry the same caption: both are right answers then.
+        _, which = np.unique(captions, return_inverse=True)
+        same = torch.from_numpy(which[:, None] == which[None]).to(args.device).float()
+        target = same / same.sum(1, keepdim=True)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    train("clip", [clip], loss_fn, args, learning_rate=1e-3, weight_decay=1e-2, ema_decay=0.998)
+    return clip
+
+
+def text_config(tokenizer):
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def make_scheduler():
+    """Stable Diffusion's noise schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+@torch.no_grad()
+def report(args):
+    """Measures the saved models on pictures and noises that training never saw, and draws the grids."""
+    pipe = StableDiffusionPipeline.from_pretrained(args.output, torch_dtype=torch.float32).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    classifier = ResNetForImageClassification.from_pretrained(f"{args.output}/classifier", dtype=torch.float32)
+    clip = CLIPModel.from_pretrained(f"{args.output}/clip", dtype=torch.float32).to(args.device)
+    processor = CLIPProcessor.from_pretrained(f"{args.output}/clip")
+    classifier = classifier.to(args.device).eval()
+    pictures, scenes = draw_pictures(1000, VALIDATION_SEED)
+    labels = torch.tensor([ANIMALS.index(s.animal) for s in scenes])
+
+    def named(x):  # the animal the classifier names, for (B, 3, H, W) in [-1, 1]
+        return classifier(x).logits.argmax(1).cpu()
+
+    result = {}
+    x = to_tensor(pictures, args.device)
+    y = torch.cat([pipe.vae.decode(pipe.vae.encode(b).latent_dist.mode()).sample for b in x.split(50)]).clamp(-1, 1)
+    mse = ((x - y) / 2).square().mean(dim=(1, 2, 3))
+    result["vae_psnr_db"] = (-10 * mse.log10()).mean().item()
+    result["classifier_on_pictures"] = (named(x) == labels).float().mean().item()
+    result["classifier_on_reconstructions"] = (named(y) == labels).float().mean().item()
+
+    inputs = processor(
+        text=[f"{emoji.article(a)} {a}" for a in ANIMALS],
+        images=[Image.fromarray(p) for p in pictures],
+        return_tensors="pt",
+        padding=True,
+    ).to(args.device)
+    logits = clip(**inputs).logits_per_image
+    result["clip_names_animal"] = (logits.argmax(1).cpu() == labels).float().mean().item()
+    busy = [i for i, s in enumerate(scenes) if s.activity]
+    texts = [f"{emoji.article(scenes[i].animal)} {scenes[i].animal} {a}" for i in busy for a in emoji.ACTIVITIES]
+    inputs = processor(
+        text=texts, images=[Image.fromarray(pictures[i]) for i in busy], return_tensors="pt", padding=True
+    ).to(args.device)
+    logits = clip(**inputs).logits_per_image.reshape(len(busy), len(busy), len(emoji.ACTIVITIES))
+    choice = logits[range(len(busy)), range(len(busy))].argmax(1).tolist()
+    activities = list(emoji.ACTIVITIES)
+    right = [activities[c] == scenes[i].activity for c, i in zip(choice, busy)]
+    result["clip_names_activity"] = float(np.mean(right))
+
+    def generate(prompts, seed):
+        generator = torch.Generator(args.device).manual_seed(seed)
+        pipe.scheduler.set_timesteps(20)
+        return [
+            image
+            for i in range(0, len(prompts), 45)
+            for image in pipe(
+                prompts[i : i + 45],
+                num_inference_steps=20,
+                guidance_scale=args.guidance_scale,
+                eta=0.0,
+                generator=generator,
+            ).images
+        ]
+
+    prompts = [f"{emoji.article(a)} {a}" for a in ANIMALS] * 8
+    images = generate(prompts, seed=1)
+    x = to_tensor(np.stack([np.asarray(i) for i in images]), args.device)
+    hits = named(x).reshape(8, 45) == torch.arange(45)
+    result["classifier_on_generated"] = hits.float().mean().item()
+    result["worst_animals"] = {ANIMALS[i]: int(hits[:, i].sum()) for i in hits.sum(0).argsort()[:8]}
+    for name, grid, columns in (
+        ("animals.png", images[:90], 15),
+        ("reconstructions.png", [p for pair in zip(pictures[:30], to_uint8(y[:30])) for p in pair], 12),
+        ("activities.png", generate([f"{emoji.article(a)} {a} {d}" for a in ANIMALS[:15] for d in activities], 2), 15),
+    ):
+        save_grid(grid, columns, os.path.join(args.output, name))
+    result["guidance_scale"] = args.guidance_scale
+    size = sum(os.path.getsize(os.path.join(d, f)) for d, _, files in os.walk(args.output) for f in files)
+    result["megabytes"] = size / 1e6
+    for stage in ("classifier", "vae", "unet", "clip"):
+        path = os.path.join(args.work, f"{stage}.pt")
+        if os.path.exists(path):
+            state = torch.load(path, map_location="cpu", weights_only=False)
+            result[f"{stage}_steps"], result[f"{stage}_minutes"] = state["step"], state["seconds"] / 60
+    print(json.dumps(result, indent=1))
+    return result
+
+
+def to_uint8(x):
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_grid(images, columns, path):
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * emoji.SIZE, rows * emoji.SIZE), "white")
+    for i, image in enumerate(images):
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        grid.paste(image, (i % columns * emoji.SIZE, i // columns * emoji.SIZE))
+    grid.save(path, optimize=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="models/emoji", help="where the finished models go")
+    parser.add_argument("--work", default="runs/emoji-model", help="where unfinished work is kept")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pictures", type=int, default=40_000)
+    parser.add_argument("--classifier_steps", type=int, default=1500)
+    parser.add_argument("--vae_steps", type=int, default=1800)
+    parser.add_argument("--unet_steps", type=int, default=8_000)
+    parser.add_argument("--unet_batch", type=int, default=64)
+    parser.add_argument("--clip_steps", type=int, default=1500)
+    parser.add_argument("--save_every", type=int, default=250)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads of torch")
+    parser.add_argument("--guidance_scale", type=float, default=3.0, help="of the report's pictures")
+    parser.add_argument("--report_only", action="store_true", help="measure what stands in --output")
+    args = parser.parse_args()
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    if args.report_only:
+        return report(args)
+    os.makedirs(args.work, exist_ok=True)
+
+    pictures, scenes = load_pictures(args)
+    tokenizer = make_tokenizer()
+    classifier = make_classifier(args, pictures, scenes)
+    vae = make_vae(args, pictures)
+    moments = encode(vae, pictures, args.device)
+    unet, text_encoder = make_unet(args, moments, scenes, vae.config.scaling_factor, tokenizer)
+    clip = make_clip(args, pictures, scenes, tokenizer)
+
+    pipe = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, make_scheduler(), None, None, requires_safety_checker=False
+    )
+    pipe.to(torch.float16).save_pretrained(args.output)
+    classifier.half().save_pretrained(f"{args.output}/classifier")
+    clip.half().save_pretrained(f"{args.output}/clip")
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": emoji.SIZE}, crop_size={"height": emoji.SIZE, "width": emoji.SIZE}, **TO_CLIP
+    )
+    CLIPProcessor(image_processor, tokenizer).save_pretrained(f"{args.output}/clip")
+    with open(f"{args.output}/report.json", "w") as f:
+        json.dump(report(args), f, indent=1)
+
+
+def load_pictures(args):
+    """The training pictures and scenes, drawn once and kept in --work."""
+    path = os.path.join(args.work, f"pictures-{args.seed}-{args.pictures}.npz")
+    if not os.path.exists(path):
+        pictures, scenes = draw_pictures(args.pictures, args.seed)
+        words = np.array([[s.animal, s.activity, s.texture, s.colour] for s in scenes])
+        np.savez(path + ".tmp.npz", pictures=pictures, words=words)
+        os.replace(path + ".tmp.npz", path)
+    data = np.load(path)
+    return data["pictures"], [emoji.Scene(*map(str, w)) for w in data["words"]]
+
+
+if __name__ == "__main__":
+    main()

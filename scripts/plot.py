@@ -1,0 +1,59 @@
+"""Draws a metric of one or more runs against reward queries.
+
+    python -m scripts.plot runs/A runs/B --key jpeg_kb --output curve.png
+
+A run is a folder with metrics.jsonl. Runs whose names differ only in what follows "-seed" are one curve: the mean, in
+a band from the lowest to the highest.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def read_metrics(run):
+    """{key: array over epochs} of a run's metrics.jsonl."""
+    try:
+        with open(os.path.join(run, "metrics.jsonl")) as f:
+            lines = [json.loads(line) for line in f]
+    except OSError:
+        sys.exit(f"error: {run!r} is not a run: it has no metrics.jsonl")
+    return {key: np.array([line[key] for line in lines]) for key in lines[0]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--key", default="reward_mean")
+    parser.add_argument("--output", default="curve.png")
+    args = parser.parse_args()
+    groups = {}
+    for run in args.runs:
+        metrics = read_metrics(run)
+        if args.key not in metrics:
+            sys.exit(f"error: {run} has no {args.key!r}: there is {', '.join(metrics)}")
+        name = os.path.basename(os.path.normpath(run)).split("-seed")[0]
+        groups.setdefault(name, []).append((metrics["reward_queries"], metrics[args.key]))
+    figure, axes = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
+    for name, curves in groups.items():
+        length = min(len(y) for _, y in curves)
+        x, y = curves[0][0][:length], np.stack([y[:length] for _, y in curves])
+        (line,) = axes.plot(x, y.mean(0), label=f"{name} ({len(curves)} seed{'s' * (len(curves) > 1)})")
+        axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set_xlabel("reward queries")
+    axes.set_ylabel({"jpeg_kb": "JPEG size (kB)"}.get(args.key, args.key))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(args.output, dpi=150)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()

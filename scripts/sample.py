@@ -1,0 +1,86 @@
+"""Draws a base model and a finetuned one side by side, on the same prompts and noise.
+
+    python -m scripts.sample --run runs/NAME --prompts "a cat" "a dog riding a bike" --count 4
+
+Writes the grid to RUN/images/samples.png (or --output): a row per prompt and model, base above finetuned.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+import torch
+from ml_collections import ConfigDict
+
+from ddpo import InputError, prompts
+from ddpo.checkpoint import list_checkpoints
+from ddpo.pipeline_logprob import sample_with_logprob
+from ddpo.policy import load_policy, load_weights
+from ddpo.tracking import image_grid
+
+
+def load_run(run, checkpoint="", device=None):
+    """Returns the config and the finetuned policy of a run, at its newest checkpoint or a named one."""
+    try:
+        with open(os.path.join(run, "config.json")) as f:
+            config = ConfigDict(json.load(f))
+    except OSError as error:
+        raise InputError(f"{run!r} is not a run: it has no config.json") from error
+    folders = {os.path.basename(folder): folder for folder in list_checkpoints(run)}
+    if checkpoint and checkpoint not in folders:
+        raise InputError(f"{run} has no checkpoint {checkpoint!r}: there is {', '.join(folders) or 'none'}")
+    if not folders:
+        raise InputError(f"{run} has no checkpoint yet")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    policy = load_policy(config.model, config.lora_rank, config.precision, device, config.lora_targets.split(","))
+    load_weights(policy, folders[checkpoint] if checkpoint else list_checkpoints(run)[-1])
+    policy.scheduler.set_timesteps(config.sample.num_steps)
+    return config, policy
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="a run's folder")
+    parser.add_argument("--checkpoint", default="", help="a name in RUN/checkpoints; default: the newest")
+    parser.add_argument("--prompts", nargs="+", default=["a cat", "a dog", "a horse", "a butterfly"])
+    parser.add_argument("--count", type=int, default=8, help="pictures per prompt")
+    parser.add_argument("--steps", type=int, default=0, help="denoising steps; default: the run's")
+    parser.add_argument("--guidance_scale", type=float, default=0, help="default: the run's")
+    parser.add_argument("--eta", type=float, default=-1, help="0: deterministic; default: the run's")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--output", default="", help="default: RUN/images/samples.png")
+    args = parser.parse_args()
+
+    config, finetuned = load_run(args.run, args.checkpoint)
+    sample = config.sample
+    prompts.check_length(args.prompts, finetuned.pipe.tokenizer)
+    base = load_policy(config.model, 0, config.precision, finetuned.device)
+    steps = args.steps or sample.num_steps
+    shape = (steps + 1, *finetuned.latent_shape(sample.height, sample.width))
+
+    def noise(i):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(args.seed * 10**6 + i))
+
+    texts = [prompt for prompt in args.prompts for _ in range(args.count)]
+    pictures = {}
+    for name, policy in (("base", base), ("finetuned", finetuned)):
+        policy.scheduler.set_timesteps(steps)
+        eta = sample.eta if args.eta < 0 else args.eta
+        guidance_scale = args.guidance_scale or sample.guidance_scale
+        pictures[name] = sample_with_logprob(policy, texts, noise, guidance_scale, eta, sample.batch_size, name).images
+    images, labels = [], []
+    for row in range(len(args.prompts)):
+        for name, drawn in pictures.items():
+            images += drawn[row * args.count : (row + 1) * args.count]
+            labels += [f"{name}: {args.prompts[row]}"] + [""] * (args.count - 1)
+    output = args.output or os.path.join(args.run, "images", "samples.png")
+    image_grid(images, labels, columns=args.count).save(output)
+    print(output)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,67 @@
+"""Mistakes users make: each ends, before any long work, with one line that says what is wrong and what to do."""
+
+import pytest
+from conftest import launch
+
+OVERLONG = "a very " + "long " * 40 + "prompt"
+MISTAKES = {
+    "unknown reward": ({"reward": "jpeg_compresibility"}, ["unknown reward", "Did you mean jpeg_compressibility?"]),
+    "unknown prompts": ({"prompts": "animals"}, ["unknown prompt set 'animals'", "imagenet_animals"]),
+    "unknown algorithm": ({"algorithm": "ppo"}, ["unknown algorithm 'ppo'", "ddpo_is"]),
+    "unknown precision": ({"precision": "fp8"}, ["unknown precision 'fp8'", "fp32, tf32, bf16, fp16"]),
+    "misspelled key": ({"train__lerning_rate": 1}, ["train.lerning_rate", "Did you mean train.learning_rate?"]),
+    "wrong type": ({"train__learning_rate": "fast"}, ["train.learning_rate=fast", "could not convert"]),
+    "does not divide": ({"sample__images_per_epoch": 9}, ["= 9", "train.updates_per_epoch = 2", "use 8 or 10"]),
+    "groups do not divide": ({"sample__images_per_prompt": 3}, ["sample.images_per_prompt = 3", "use 6 or 9"]),
+    "no such model folder": ({"model": "./models/emojy"}, ["'./models/emojy'", "no such folder"]),
+    "no such model": ({"model": "models/emojy"}, ["'models/emojy'", "could not be had from the hub"]),
+    "not a model folder": ({"model": "ddpo"}, ["'ddpo'", "not a StableDiffusionPipeline folder"]),
+    "deterministic": ({"sample__eta": 0.0}, ["sample.eta = 0.0", "0 < eta <= 1"]),
+    "two guidances": ({"train__guidance_scale": 1.0}, ["train.guidance_scale", "sample.guidance_scale"]),
+    "the peers' switch": ({"train__cfg": False}, ["train.cfg", "sample.guidance_scale"]),
+    "no timestep left": ({"train__timestep_fraction": 0.1}, ["train.timestep_fraction = 0.1", "use 0.333 to 1"]),
+    "no prompt file": ({"prompts": "nowhere/prompts.txt"}, ["nowhere/prompts.txt"]),
+    "nothing to resume": ({"resume": "runs/nowhere"}, ["nothing to resume", "runs/nowhere"]),
+    "unknown LoRA target": ({"lora_targets": "to_z"}, ["lora_targets to_z"]),
+    "unknown tracker": ({"tracker": "mlflow"}, ["unknown tracker 'mlflow'", "wandb or tensorboard"]),
+    "negative rank": ({"lora_rank": -1}, ["lora_rank = -1", "at least 0"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(tiny, tmp_path, mistake):
+    options, fragments = MISTAKES[mistake]
+    options = {"model": tiny, "run_dir": tmp_path / "run", **options}
+    result = launch(check=False, env={"HF_HUB_OFFLINE": "1"}, direct=True, **options)
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    assert all(f in lines[0] for f in fragments), lines[0]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_prompt_beyond_the_text_encoder(tiny, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"a cat\n\n{OVERLONG}\n")
+    result = launch(check=False, direct=True, model=tiny, prompts=tmp_path / "prompts.txt", run_dir=tmp_path / "run")
+    assert "error: the prompt 'a very long" in result.stderr and "the text encoder takes 24" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config", "config/nowhere.py"], "--config does not name a file"),
+        (["--config", "config/emoji.py:nonsense"], "unknown variant 'nonsense'"),
+        (["stray"], "'stray' is not an option"),
+        (["--confg=config/emoji.py"], "confg"),
+    ],
+)
+def test_mistakes_beside_the_config(tmp_path, arguments, message):
+    result = launch(*arguments, check=False, direct=True, run_dir=tmp_path / "run")
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert any(line.startswith("error: ") and message in line for line in result.stderr.splitlines()), result.stderr
+
+
+def test_traceback_when_asked_for(tiny):
+    result = launch(check=False, direct=True, env={"DDPO_TRACEBACK": "1"}, model=tiny, reward="nothing")
+    assert "Traceback" in result.stderr

@@ -1,0 +1,182 @@
+"""Loading, precision, and whether what a run saves is what it trained."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from ddpo import InputError
+from ddpo.ddim_logprob import ddim_step_with_logprob
+from ddpo.pipeline_logprob import predict_noise, sample_with_logprob
+from ddpo.policy import load_policy, load_weights, save_weights
+
+MODES = [(r, p) for r in (0, 4) for p in ("fp32", "bf16")]
+
+
+def disturb(policy, scale=0.05):
+    generator = torch.Generator().manual_seed(1)
+    for p in policy.trainable_parameters():
+        p.data += scale * torch.randn(p.shape, generator=generator)
+
+
+def inputs(policy, count=3):
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(count, *policy.latent_shape(), generator=generator)
+    return latents, torch.tensor([1, 500, 999])[:count], policy.embed(["a cat", "a dog", "an ant"][:count])
+
+
+@torch.no_grad()
+def guided(policy, guidance_scale=5.0):
+    latents, t, embeds = inputs(policy)
+    return predict_noise(policy, latents, t, embeds, policy.embed([""]), guidance_scale)
+
+
+@pytest.mark.parametrize("rank, precision", MODES)
+def test_trainable_weights_are_float32(tiny, rank, precision):
+    policy = load_policy(tiny, rank, precision, "cpu")
+    assert {p.dtype for p in policy.trainable_parameters()} == {torch.float32}
+    trainable = {n for n, p in policy.unet.named_parameters() if p.requires_grad}
+    assert all("lora" in n for n in trainable) if rank else len(trainable) == len(list(policy.unet.parameters()))
+    assert guided(policy).dtype == torch.float32
+
+
+@pytest.mark.parametrize("rank, precision", MODES)
+def test_what_is_saved_gives_the_trainers_predictions(tiny, tmp_path, rank, precision):
+    """A fresh pipeline with the saved LoRA, or the saved UNet: bit-equal in float32, to rounding in half precision."""
+    policy = load_policy(tiny, rank, precision, "cpu")
+    before = guided(policy)
+    disturb(policy)
+    save_weights(policy, tmp_path)
+    latents, t, embeds = inputs(policy)
+    with torch.no_grad():
+        ours = policy.forward(latents, t, embeds)
+        pipe = StableDiffusionPipeline.from_pretrained(tiny, dtype=torch.float32)
+        if rank:
+            pipe.load_lora_weights(str(tmp_path / "lora"))
+        else:
+            pipe.unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet", dtype=torch.float32)
+        theirs = pipe.unet(latents, t, embeds).sample
+    if precision == "fp32":
+        assert torch.equal(ours, theirs)
+    else:
+        assert (ours - theirs).norm() / theirs.norm() < 2e-2  # bfloat16 has 8 bits
+    assert (guided(policy) - before).abs().max() > 1e-2  # the disturbance shows, so the comparison means something
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_loading_goes_into_the_weights_that_the_optimizer_holds(tiny, tmp_path, rank):
+    one = load_policy(tiny, rank, "fp32", "cpu")
+    disturb(one)
+    save_weights(one, tmp_path)
+    two = load_policy(tiny, rank, "fp32", "cpu")
+    held = two.trainable_parameters()
+    load_weights(two, tmp_path)
+    assert torch.equal(guided(one), guided(two))
+    now = two.trainable_parameters()
+    assert len(held) == len(now) and all(a is b for a, b in zip(held, now))
+    with pytest.raises(InputError):
+        load_weights(load_policy(tiny, 2 if rank else 4, "fp32", "cpu"), tmp_path)
+
+
+def test_lora_starts_as_the_base_model_and_can_be_switched_off(tiny):
+    base, lora = load_policy(tiny, 0, "fp32", "cpu"), load_policy(tiny, 4, "fp32", "cpu")
+    assert torch.equal(guided(base), guided(lora))
+    disturb(lora)
+    assert not torch.equal(guided(base), guided(lora))
+    lora.set_lora_enabled(False)
+    assert torch.equal(guided(base), guided(lora))
+
+
+@pytest.mark.parametrize("targets", [("to_q",), ("to_k", "conv1", "time_emb_proj")])
+def test_lora_targets(tiny, targets):
+    policy = load_policy(tiny, 2, "fp32", "cpu", lora_targets=targets)
+    names = [n for n, p in policy.unet.named_parameters() if p.requires_grad]
+    assert names and all(any(f".{t}.lora" in n for t in targets) for n in names)
+    assert all(any(f".{t}.lora" in n for n in names) for t in targets)
+
+
+@pytest.mark.parametrize("rank, precision", MODES)
+def test_updates_smaller_than_half_precision_arrive(tiny, rank, precision):
+    """Ten steps of a thousandth of bfloat16's rounding are not lost: the weights are float32 masters."""
+    policy = load_policy(tiny, rank, precision, "cpu")
+    parameters = policy.trainable_parameters()
+    for p in parameters:
+        p.data += 1.0
+    for _ in range(10):
+        for p in parameters:
+            p.data += 2**-18
+    assert all((p > 1).any() for p in parameters)
+
+
+def test_guidance_is_the_extrapolation_and_scale_one_is_the_prompt_alone(tiny):
+    policy = load_policy(tiny, 0, "fp32", "cpu")
+    latents, t, embeds = inputs(policy)
+    with torch.no_grad():
+        cond = policy.forward(latents, t, embeds)
+        uncond = policy.forward(latents, t, policy.embed([""]).expand_as(embeds))
+    torch.testing.assert_close(guided(policy, 5.0), uncond + 5 * (cond - uncond), rtol=1e-4, atol=1e-5)
+    assert torch.equal(guided(policy, 1.0), cond)
+
+
+def test_sampler_equals_diffusers_pipeline(tiny):
+    """Deterministic sampling with our sampler gives the pictures of StableDiffusionPipeline itself."""
+    policy = load_policy(tiny, 0, "fp32", "cpu")
+    policy.scheduler.set_timesteps(6)
+    shape = policy.latent_shape(48, 32)
+    assert shape == (4, 12, 8)
+    prompts = ["a cat", "a dog"]
+    noise = [torch.randn(7, *shape, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    ours = sample_with_logprob(policy, prompts, noise.__getitem__, guidance_scale=4.0, eta=0.0)
+    latents = torch.stack([n[0] for n in noise])
+    theirs = policy.pipe(
+        prompts, 48, 32, num_inference_steps=6, guidance_scale=4.0, eta=0.0, latents=latents, output_type="np"
+    ).images
+    assert ours.latents.shape == (2, 7, *shape) and ours.log_probs.shape == (2, 6) and len(ours.timesteps) == 6
+    assert [i.size for i in ours.images] == [(32, 48)] * 2
+    np.testing.assert_allclose(np.stack([np.asarray(i) for i in ours.images]), theirs * 255, atol=1.01)
+
+
+def test_sampling_does_not_depend_on_the_batch_size(tiny):
+    policy = load_policy(tiny, 4, "fp32", "cpu")
+    policy.scheduler.set_timesteps(4)
+    prompts = ["a cat", "a dog", "a cat", "an ant", "a bee"]
+
+    def noise(i):
+        return torch.randn(5, *policy.latent_shape(), generator=torch.Generator().manual_seed(i))
+
+    whole = sample_with_logprob(policy, prompts, noise, 5.0, 1.0)
+    for batch_size in (1, 2, 4):
+        parts = sample_with_logprob(policy, prompts, noise, 5.0, 1.0, batch_size)
+        torch.testing.assert_close(parts.latents, whole.latents, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(parts.log_probs, whole.log_probs, rtol=1e-5, atol=1e-5)
+
+
+def test_ratio_is_one_before_any_update(tiny):
+    """Recorded transitions scored again: exactly 1 in like batches, always; in others to float32's rounding."""
+    for rank, precision in MODES + [(4, "fp16"), (0, "fp16")]:
+        policy = load_policy(tiny, rank, precision, "cpu")
+        policy.scheduler.set_timesteps(5)
+        noise = torch.randn(6, 6, *policy.latent_shape(), generator=torch.Generator().manual_seed(0))
+        prompts = ["a cat", "a dog", "an ant", "a bee", "a cat", "a cow"]
+        _, latents, log_probs, timesteps = sample_with_logprob(policy, prompts, noise.__getitem__, 5.0, 1.0)
+        embeds, negative = policy.embed(prompts), policy.embed([""])
+        for rows in (slice(0, 6), slice(0, 4)):
+            for step in range(5):
+                x_t, x_next, t = (
+                    latents[rows, step],
+                    latents[rows, step + 1],
+                    timesteps[step].expand(len(embeds[rows])),
+                )
+                output = predict_noise(policy, x_t, t, embeds[rows], negative, 5.0)  # with gradients, as in training
+                _, again = ddim_step_with_logprob(policy.scheduler, output, t, x_t, 1.0, prev_sample=x_next)
+                error = torch.expm1(again - log_probs[rows, step]).abs().max()
+                if rows == slice(0, 6):
+                    assert error == 0, (rank, precision, step)
+                elif precision == "fp32":
+                    assert error < 1e-6, (rank, precision, step)
+
+
+def test_sizes_that_the_model_cannot_draw(tiny):
+    policy = load_policy(tiny, 0, "fp32", "cpu")
+    with pytest.raises(InputError, match="sample.width = 30 is not a multiple of 8.*use 24 or 32"):
+        policy.latent_shape(32, 30)

@@ -1,0 +1,84 @@
+import pytest
+from transformers import CLIPTokenizer
+
+from ddpo import InputError, prompts
+
+
+def texts(name):
+    return [prompt for prompt, _ in prompts.get_prompts(name)]
+
+
+@pytest.mark.parametrize(
+    "name, size", [("imagenet_animals", 398), ("common_animals", 45), ("animal_activities", 135), ("counting", 315)]
+)
+def test_sets_have_the_papers_size_and_no_repeats(name, size):
+    pairs = prompts.get_prompts(name)
+    assert len(pairs) == len({prompt for prompt, _ in pairs}) == size
+    assert all(prompt == prompt.strip() and isinstance(metadata, dict) for prompt, metadata in pairs)
+
+
+def test_imagenet_animals_are_in_class_order():
+    animals = texts("imagenet_animals")
+    known = {0: "a tench", 1: "a goldfish", 2: "a great white shark", 134: "a crane", 151: "a chihuahua"}
+    known |= {281: "a tabby", 310: "an ant", 388: "a giant panda", 397: "a puffer"}
+    assert {index: animals[index] for index in known} == known
+    assert all(animal == animal.lower() for animal in animals)
+
+
+@pytest.mark.parametrize("name", ["imagenet_animals", "common_animals", "animal_activities"])
+def test_articles(name):
+    for prompt in texts(name):
+        article, word = prompt.split()[:2]
+        vowel_sound = word[0] in "aeiou" and not word.startswith("eu")  # "a european gallinule"
+        assert article == ("an" if vowel_sound else "a"), prompt
+
+
+def test_activities_name_their_animal():
+    assert ("an ant riding a bike", {"animal": "ant", "activity": "riding a bike"}) in prompts.animal_activities()
+    for prompt, metadata in prompts.animal_activities():
+        assert prompt.endswith(f" {metadata['animal']} {metadata['activity']}")
+
+
+def test_counting():
+    pairs = dict(prompts.counting())
+    assert pairs["three cats"] == {
+        "questions": ["How many cats are there in this image?", "What animal is in this image?"],
+        "answers": ["three", "cat"],
+    }
+    numbers = {metadata["answers"][0] for metadata in pairs.values()}
+    assert numbers == {"two", "three", "four", "five", "six", "seven", "eight"}
+    for plural in "sheep deer fish mice geese wolves foxes butterflies flies monkeys turkeys".split():
+        assert f"eight {plural}" in pairs
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_file(tmp_path, encoding):
+    path = tmp_path / "mine.txt"
+    path.write_text("a café\n\n   \n  a green dog \n", encoding=encoding)
+    assert prompts.get_prompts(str(path)) == [("a café", {}), ("a green dog", {})]
+
+
+def test_file_that_gives_no_prompts_is_named(tmp_path):
+    blank, binary = tmp_path / "blank.txt", tmp_path / "binary.txt"
+    blank.write_text("\n  \n")
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path in (blank, binary, tmp_path / "missing.txt", tmp_path):
+        with pytest.raises(InputError) as error:
+            prompts.get_prompts(str(path))
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_name_lists_the_sets_and_the_nearest():
+    with pytest.raises(InputError, match="Did you mean common_animals") as error:
+        prompts.get_prompts("comon_animal")
+    assert "\n" not in str(error.value)
+    assert all(name in str(error.value) for name in prompts.PROMPT_SETS)
+
+
+def test_too_long_prompt_is_named():
+    words = ["<|startoftext|>", "<|endoftext|>", "a</w>", "b</w>"]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=8)
+    fits = "a b a b a b"  # eight tokens with the start and the end
+    prompts.check_length([fits], tokenizer)
+    with pytest.raises(InputError, match="'b a b a b a b' has 9 tokens.* takes 8;.*2 of 3 prompts"):
+        prompts.check_length([fits, "b a b a b a b", "a a a a a a a a"], tokenizer)

@@ -1,0 +1,63 @@
+"""Rewards, and what happens to one that misbehaves."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpo import InputError, rewards
+
+PROMPTS, METADATA = ["a cat", "a dog"], [{}, {}]
+
+
+@pytest.fixture
+def images():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return [Image.new("RGB", (64, 64), "blue"), Image.fromarray(noise)]
+
+
+def test_jpeg_rewards_are_file_sizes(images, tmp_path):
+    up, info = rewards.compute_rewards(rewards.jpeg_incompressibility, images, PROMPTS, METADATA)
+    down, _ = rewards.compute_rewards(rewards.jpeg_compressibility, images, PROMPTS, METADATA)
+    sizes = []
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.jpg", quality=95)
+        sizes.append((tmp_path / f"{i}.jpg").stat().st_size / 1000)
+    np.testing.assert_allclose(up, sizes, rtol=1e-6)
+    assert np.array_equal(down, -up) and up.dtype == np.float32 and info["jpeg_kb"].shape == (2,)
+    assert up[1] > 3 * up[0]
+    assert Image.open(io.BytesIO((tmp_path / "0.jpg").read_bytes())).size == (64, 64)
+
+
+def test_integer_rewards_become_floats(images):
+    values, _ = rewards.compute_rewards(lambda i, p, m: ([1, 2], {}), images, PROMPTS, METADATA)
+    assert values.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        (([1.0, float("nan")], {}), "nan for the prompt 'a dog'"),
+        (([float("inf"), 1.0], {}), "inf for the prompt 'a cat'"),
+        (([1.0], {}), r"shape \(1,\) for 2 images"),
+        (([[1.0, 2.0]], {}), r"shape \(1, 2\) for 2 images"),
+        ([1.0, 2.0], "must return a pair"),
+        ((["high", "low"], {}), "must return numbers"),
+    ],
+)
+def test_bad_returns_are_named(images, returned, message):
+    def my_reward(images, prompts, metadata):
+        return returned
+
+    with pytest.raises(InputError, match=message) as error:
+        rewards.compute_rewards(my_reward, images, PROMPTS, METADATA)
+    assert "my_reward" in str(error.value)
+
+
+def test_a_reward_that_raises_is_named(images):
+    def my_reward(images, prompts, metadata):
+        raise ZeroDivisionError("oh no")
+
+    with pytest.raises(InputError, match="my_reward raised ZeroDivisionError: oh no"):
+        rewards.compute_rewards(my_reward, images, PROMPTS, METADATA)

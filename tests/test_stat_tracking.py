@@ -1,0 +1,46 @@
+"""The per-prompt tracker against a direct computation over the whole history."""
+
+import numpy as np
+
+from ddpo.stat_tracking import PerPromptStatTracker
+
+
+def direct(history, prompts, rewards, buffer_size, min_count, max_age, now):
+    out = []
+    for prompt, reward in zip(prompts, rewards):
+        mine = [(when, r) for when, p, r in history if p == prompt][-buffer_size:]
+        mine = [r for when, r in mine if not max_age or now - when < max_age]
+        reference = mine if len(mine) >= min_count else rewards
+        out.append((reward - np.mean(reference)) / (np.std(reference) + 1e-6))
+    return out
+
+
+def test_against_direct_computation():
+    rng = np.random.default_rng(0)
+    for max_age in (0, 3):
+        tracker, history = PerPromptStatTracker(buffer_size=8, min_count=4, max_age=max_age), []
+        for now in range(12):
+            prompts = rng.choice(["a cat", "a dog", "an ant", "a bee"], size=10, p=[0.5, 0.3, 0.15, 0.05])
+            rewards = rng.normal(size=10)
+            history += [(now, p, r) for p, r in zip(prompts, rewards)]
+            expected = direct(history, prompts, rewards, 8, 4, max_age, now)
+            np.testing.assert_allclose(tracker.update(prompts, rewards), expected, rtol=1e-12)
+
+
+def test_integer_rewards_give_fractional_advantages():
+    advantages = PerPromptStatTracker(32, 16).update(["a"] * 4, np.array([1, 2, 3, 4]))
+    np.testing.assert_allclose(advantages, (np.array([1, 2, 3, 4]) - 2.5) / (np.sqrt(1.25) + 1e-6))
+
+
+def test_constant_rewards_give_zero_not_nan():
+    assert np.array_equal(PerPromptStatTracker(32, 2).update(["a"] * 4, np.full(4, 7.0)), np.zeros(4))
+
+
+def test_state_restores_exactly():
+    rng = np.random.default_rng(0)
+    one = PerPromptStatTracker(8, 2, max_age=2)
+    one.update(["a", "b"] * 5, rng.normal(size=10))
+    two = PerPromptStatTracker(8, 2, max_age=2)
+    two.load_state_dict(one.state_dict())
+    rewards = rng.normal(size=10)
+    assert np.array_equal(one.update(["a", "b"] * 5, rewards), two.update(["a", "b"] * 5, rewards))

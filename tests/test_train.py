@@ -1,0 +1,130 @@
+"""The real command line, end to end, on pipelines with few random weights."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, launch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(ROOT))
+
+
+def metrics(run):
+    """The lines of metrics.jsonl without what a clock decides."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+
+
+def weights(run, epoch):
+    return load_file(run / f"checkpoints/epoch_{epoch:04d}/lora/pytorch_lora_weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    "model, rank, precision",
+    [("tiny", 4, "fp32"), ("tiny", 0, "bf16"), ("tiny_v", 0, "fp32"), ("tiny_v", 4, "bf16")],
+)
+def test_end_to_end(request, tmp_path, model, rank, precision):
+    model, run = request.getfixturevalue(model), tmp_path / "run"
+    result = launch(model=model, run_dir=run, lora_rank=rank, precision=precision, train__learning_rate=1e-3)
+    lines = metrics(run)
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert [line["reward_queries"] for line in lines] == [8, 16]
+    expected = {"reward_mean", "reward_std", "loss", "approx_kl", "clip_fraction", "ratio_error", "grad_norm"}
+    assert all(expected <= line.keys() and all(np.isfinite(v) for v in line.values()) for line in lines)
+    assert all(line["ratio_error"] == 0 for line in lines)  # sampled and trained in like batches
+    assert lines[-1]["approx_kl"] > 0 and lines[-1]["grad_norm"] > 0
+    assert json.loads((run / "config.json").read_text())["model"] == model
+    assert Image.open(run / "images/epoch_0000.png").size == Image.open(run / "images/epoch_0002.png").size
+    assert str(run) in result.stdout
+    base = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    folder = run / "checkpoints/epoch_0002"
+    if rank:
+        state = load_file(folder / "lora/pytorch_lora_weights.safetensors")
+        assert any(v.abs().max() > 0 for k, v in state.items() if "lora_B" in k)  # they begin as 0
+        base.load_lora_weights(str(folder / "lora"))
+    else:
+        old, new = base.unet.state_dict(), UNet2DConditionModel.from_pretrained(folder / "unet").state_dict()
+        assert all(v.dtype == torch.float32 for v in new.values())
+        assert any(not torch.equal(old[k], new[k]) for k in old)
+
+
+def test_resume_is_exact(tiny, tmp_path):
+    """Four epochs in one go, and two and two: the same bits, and no line doubled or missing."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = {"model": tiny, "save_every": 2, "keep_checkpoints": 1, "train__learning_rate": 1e-3}
+    launch(run_dir=whole, num_epochs=4, **options)
+    launch(run_dir=parts, num_epochs=2, **options)
+    with open(parts / "metrics.jsonl", "a") as f:
+        f.write('{"epoch": 2, "reward_mean": 1}\n{"epoch": 3, "rew')  # as if killed in epoch 3, after the checkpoint
+    launch(resume=parts, num_epochs=4, **options)
+    assert metrics(whole) == metrics(parts) and len(metrics(whole)) == 4
+    one, two = weights(whole, 4), weights(parts, 4)
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    state = [torch.load(r / "checkpoints/epoch_0004/state.pt") for r in (whole, parts)]
+    assert state[0]["tracker"] == state[1]["tracker"]
+    for a, b in zip(*(s["optimizer"]["state"].values() for s in state)):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert [p.name for p in (whole / "checkpoints").iterdir()] == ["epoch_0004"]  # older ones are removed
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, tmp_path_factory):
+    run = tmp_path_factory.mktemp("reference") / "run"
+    launch(model=tiny, run_dir=run, train__learning_rate=1e-3)
+    return run
+
+
+@pytest.mark.parametrize(
+    "options, launcher",
+    [
+        ({"sample__batch_size": 3, "train__batch_size": 1}, ()),
+        ({"sample__batch_size": 8, "train__batch_size": 16}, ()),
+        ({"sample__batch_size": 1}, ("--num_processes", "2")),
+    ],
+    ids=["batches of 3 and 1", "batches of 8 and 16", "two processes"],
+)
+def test_memory_knobs_and_processes_change_nothing(tiny, tmp_path, reference, options, launcher):
+    """Adam's first steps are lr * sign(g), so a gradient near 0 may turn a rounding error into a step of 2 lr: the
+    rewards and gradients are compared tightly, the weights by their norm."""
+    run = tmp_path / "run"
+    launch(model=tiny, run_dir=run, train__learning_rate=1e-3, launcher=launcher, **options)
+    for ours, theirs in zip(metrics(run), metrics(reference), strict=True):
+        for key in ("reward_mean", "reward_std", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
+        assert ours["ratio_error"] < 1e-6
+    one, two = weights(run, 2), weights(reference, 2)
+    distance = sum((one[k] - two[k]).square().sum() for k in one) / sum(v.square().sum() for v in two.values())
+    assert distance.sqrt() < 1e-3
+
+
+def test_a_run_is_not_overwritten(tiny, reference):
+    result = launch(model=tiny, run_dir=reference, check=False)
+    assert result.returncode != 0 and f"--config.resume={reference}" in result.stderr
+
+
+def test_bad_rewards_stop_before_any_weight_changes(tiny, tmp_path, monkeypatch):
+    """A reward that turns bad in the second half of the first round: an error, and the weights are untouched."""
+    import train
+    from config.base import get_config
+    from ddpo import InputError, rewards
+
+    policies = []
+    load = train.load_policy
+    monkeypatch.setattr(train, "load_policy", lambda *a: policies.append(load(*a)) or policies[-1])
+
+    def half_bad(images, prompts, metadata):
+        return np.where(np.arange(len(images)) < 4, 1.0, np.nan), {}
+
+    monkeypatch.setitem(rewards.REWARDS, "half_bad", half_bad)
+    config = get_config()
+    config.update_from_flattened_dict({**SMALL, "model": tiny, "reward": "half_bad", "run_dir": str(tmp_path / "run")})
+    with pytest.raises(InputError, match="half_bad returned nan for the prompt 'a"):
+        train.train(config, "test")
+    fresh = load(tiny, config.lora_rank, "fp32", "cpu", config.lora_targets.split(","))
+    for a, b in zip(policies[0].trainable_parameters(), fresh.trainable_parameters()):
+        assert torch.equal(a, b) and a.grad is None

@@ -1,0 +1,215 @@
+"""DDPO: finetunes a diffusion model with reinforcement learning. The whole loop, top to bottom.
+
+    accelerate launch train.py --config config/emoji.py
+
+Each epoch: sample pictures with the current weights and record their denoising trajectories; score them; turn the
+scores into advantages; take a few policy-gradient steps on the single transitions (x_t, t) -> x_{t-1}; log; save.
+
+Sample i of epoch e, its prompt and all its noise, is a function of (seed, e, i). It belongs to optimizer update
+i // samples_per_update, and each update's samples are split over the processes in order. So neither batch sizes nor the
+number of processes nor a resume changes what is computed.
+"""
+
+import os
+import time
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm import tqdm
+
+from config.base import check
+from ddpo import InputError, choose, cli, prompts, rewards
+from ddpo.checkpoint import load_checkpoint, save_checkpoint, truncate_metrics
+from ddpo.ddim_logprob import ddim_step_with_logprob
+from ddpo.losses import ALGORITHMS
+from ddpo.pipeline_logprob import predict_noise, sample_with_logprob
+from ddpo.policy import load_policy
+from ddpo.stat_tracking import PerPromptStatTracker
+from ddpo.tracking import image_grid, log_metrics, start_run, start_tracker
+
+GRID = 2**31  # the "epoch" whose noise the picture grids use
+
+
+def draw_prompt(prompt_set, seed, epoch, index):
+    """The (prompt, metadata) of sample `index`."""
+    return prompt_set[np.random.default_rng((seed, epoch, index)).integers(len(prompt_set))]
+
+
+def draw_noise(shape, seed, epoch, index):
+    """All standard normal noise of sample `index`; drawn on the CPU, so that it is the same on every device."""
+    torch_seed = int(np.random.SeedSequence((seed, epoch, index, 1)).generate_state(1, np.uint64)[0])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(torch_seed))
+
+
+def train(config, preset):
+    # ------------------------------------------------------------------------------------------------------- set up
+    check(config, PartialState().num_processes)
+    accelerator = Accelerator(log_with=config.tracker or None)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    sample, opt = config.sample, config.train
+    reward_fn = choose("reward", config.reward, rewards.REWARDS)
+    algorithm = choose("algorithm", config.algorithm, ALGORITHMS)
+    prompt_set = prompts.get_prompts(config.prompts)
+
+    device = accelerator.device
+    if device.type == "cpu":  # `accelerate launch` allows one thread; more than cores / processes would be far slower
+        threads = config.threads or max(1, len(os.sched_getaffinity(0)) // processes)
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(True)
+        accelerator.print(f"no GPU: {processes} process(es) with {threads} CPU thread(s) each")
+    policy = load_policy(config.model, config.lora_rank, config.precision, device, config.lora_targets.split(","))
+    if opt.gradient_checkpointing:
+        policy.unet.enable_gradient_checkpointing()
+    prompts.check_length([prompt for prompt, _ in prompt_set], policy.pipe.tokenizer)
+    policy.scheduler.set_timesteps(sample.num_steps)
+    noise_shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))
+
+    parameters = policy.trainable_parameters()
+    optimizer = torch.optim.AdamW(
+        parameters, opt.learning_rate, (opt.adam_beta1, opt.adam_beta2), opt.adam_epsilon, opt.adam_weight_decay
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    tracker = PerPromptStatTracker(config.stats.buffer_size, config.stats.min_count, config.stats.max_age)
+
+    # Global sample indices of this process: update by update, its share of each.
+    updates = opt.updates_per_epoch
+    per_update = sample.images_per_epoch // updates  # samples in an update, over all processes
+    share = per_update // processes  # of which this process has so many
+    mine = [u * per_update + rank * share + k for u in range(updates) for k in range(share)]
+    trained_steps = round(opt.timestep_fraction * sample.num_steps)
+
+    run_dir = config.resume or config.run_dir or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = broadcast_object_list([run_dir])[0]
+    accelerator.project_configuration.set_directories(run_dir)
+    first_epoch = 0
+    if config.resume:
+        first_epoch = load_checkpoint(run_dir, policy, optimizer, scaler, tracker)
+    elif os.path.exists(os.path.join(run_dir, "metrics.jsonl")):
+        raise InputError(f"{run_dir} holds a run: continue it with --config.resume={run_dir}, or choose another folder")
+    accelerator.wait_for_everyone()  # no process may find this run's own files above
+    if accelerator.is_main_process:
+        start_run(run_dir, config)
+        truncate_metrics(run_dir, first_epoch)
+    start_tracker(accelerator, run_dir, config)
+    accelerator.print(
+        f"{run_dir}: {config.reward} on {config.prompts} ({len(prompt_set)} prompts), {config.algorithm}, "
+        f"{f'LoRA of rank {config.lora_rank}' if config.lora_rank else 'full finetuning'} of {config.model} "
+        f"({sum(p.numel() for p in parameters) / 1e6:.2f}M weights), {config.precision}\n"
+        f"epochs {first_epoch} to {config.num_epochs - 1}, each {sample.images_per_epoch} images of {sample.num_steps} "
+        f"steps, {updates * opt.inner_epochs} updates of {per_update} x {trained_steps} transitions"
+    )
+
+    def draw_grid(epoch):
+        """The same prompts and noise under the current weights, on the main process."""
+        if not accelerator.is_main_process:
+            return
+        count = min(config.grid_images, len(prompt_set))
+        texts = [prompt_set[i * len(prompt_set) // count][0] for i in range(count)]
+        pictures = sample_with_logprob(
+            policy, texts, lambda i: draw_noise(noise_shape, config.seed, GRID, i), sample.guidance_scale, sample.eta,
+            sample.batch_size, progress="grid",
+        ).images  # fmt: skip
+        image_grid(pictures, texts).save(os.path.join(run_dir, "images", f"epoch_{epoch:04d}.png"))
+
+    if first_epoch == 0:
+        draw_grid(0)
+    epochs = tqdm(range(first_epoch, config.num_epochs), "epochs", config.num_epochs, initial=first_epoch,
+                  unit="epoch", disable=not accelerator.is_main_process)  # fmt: skip
+    for epoch in epochs:
+        start = time.time()
+
+        # --------------------------------------------------------------------------------------------------- sample
+        group = sample.images_per_prompt
+        drawn = [draw_prompt(prompt_set, config.seed, epoch, i - i % group) for i in mine]
+        my_prompts, my_metadata = [p for p, _ in drawn], [m for _, m in drawn]
+        images, latents, old_log_probs, timesteps = sample_with_logprob(
+            policy, my_prompts, lambda k: draw_noise(noise_shape, config.seed, epoch, mine[k]), sample.guidance_scale,
+            sample.eta, sample.batch_size, progress="sampling" if accelerator.is_main_process else None,
+        )  # fmt: skip
+
+        # ----------------------------------------------------------------------------------- rewards and advantages
+        my_rewards, reward_info = rewards.compute_rewards(reward_fn, images, my_prompts, my_metadata)
+        # Every process sees the whole round, in the order of the sample indices, and computes the same advantages.
+        whole = sorted(gather_object(list(zip(mine, my_prompts, my_rewards.tolist()))))
+        all_rewards = np.array([reward for _, _, reward in whole])
+        advantages = tracker.update([prompt for _, prompt, _ in whole], all_rewards)
+        advantages = np.clip(advantages, -opt.advantage_clip, opt.advantage_clip)[mine]
+        advantages = torch.as_tensor(advantages, dtype=torch.float32, device=device)
+
+        # -------------------------------------------------------------------------------------------------- updates
+        prompt_embeds, negative_embeds = policy.embed(my_prompts), policy.embed([""])
+        totals, ratio_error, grad_norms = {}, torch.zeros((), device=device), []
+        bar = tqdm(total=len(mine) * trained_steps * opt.inner_epochs, desc="training", unit="step", leave=False,
+                   disable=not accelerator.is_main_process)  # fmt: skip
+        for inner, update in np.ndindex(opt.inner_epochs, updates):
+            # All transitions of the update, timestep by timestep: batches are then composed as in sampling. Deviation
+            # from the port: a subset of the timesteps is drawn per update, not per sample.
+            steps_rng = np.random.default_rng((config.seed, epoch, inner, update))
+            steps = np.sort(steps_rng.choice(sample.num_steps, trained_steps, replace=False))
+            rows = torch.arange(update * share, (update + 1) * share, device=device).repeat(trained_steps)
+            columns = torch.as_tensor(steps, device=device).repeat_interleave(share)
+            for row, column in zip(rows.split(opt.batch_size), columns.split(opt.batch_size)):
+                x_t, x_next, t = latents[row, column], latents[row, column + 1], timesteps[column]
+                output = predict_noise(policy, x_t, t, prompt_embeds[row], negative_embeds, sample.guidance_scale)
+                _, log_prob = ddim_step_with_logprob(policy.scheduler, output, t, x_t, sample.eta, prev_sample=x_next)
+                loss, info = algorithm(log_prob, old_log_probs[row, column], advantages[row], opt)
+                # Summed over the processes' batches, this is the mean over the update's transitions.
+                scaler.scale(loss.sum() / (per_update * trained_steps)).backward()
+                for key, value in {"loss": loss.detach(), **info}.items():
+                    totals[key] = totals.get(key, 0) + value.sum()
+                if inner == update == 0:  # nothing has been updated yet: the ratio should be 1
+                    error = torch.expm1(log_prob.detach() - old_log_probs[row, column]).abs().max()
+                    ratio_error = torch.maximum(ratio_error, error)
+                bar.update(len(row))
+            if processes > 1:
+                for p in parameters:
+                    p.grad = accelerator.reduce(p.grad, "sum")
+            scaler.unscale_(optimizer)
+            grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, opt.max_grad_norm))
+            if not scaler.is_enabled() and not torch.isfinite(grad_norms[-1]):
+                raise InputError(
+                    f"the gradient is {grad_norms[-1]} at epoch {epoch}, update {update}: stopped before it reached "
+                    "the weights. A lower learning rate may help"
+                )
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        bar.close()
+
+        # --------------------------------------------------------------------------------------------- log and save
+        transitions = sample.images_per_epoch * trained_steps * opt.inner_epochs
+        infos = gather_object([{key: float(value.sum()) for key, value in reward_info.items()}])
+        seconds = time.time() - start
+        metrics = {
+            "epoch": epoch,
+            "reward_queries": (epoch + 1) * sample.images_per_epoch,
+            "seconds": seconds,
+            "reward_mean": float(all_rewards.mean()),
+            "reward_std": float(all_rewards.std()),
+            **{key: sum(i[key] for i in infos) / sample.images_per_epoch for key in reward_info},
+            "images_per_second": sample.images_per_epoch / seconds,
+            **{key: float(accelerator.reduce(value, "sum")) / transitions for key, value in totals.items()},
+            "ratio_error": float(accelerator.gather(ratio_error).max()),
+            "grad_norm": float(torch.stack(grad_norms).mean()),
+        }
+        last = epoch + 1 == config.num_epochs
+        if accelerator.is_main_process:
+            log_metrics(accelerator, run_dir, metrics)
+            shown = ("reward_mean", "reward_std", "approx_kl", "clip_fraction", "ratio_error", "grad_norm", "seconds")
+            tqdm.write(f"epoch {epoch:3d}  " + "  ".join(f"{k} {metrics[k]:.4g}" for k in shown if k in metrics))
+            if last or (epoch + 1) % config.save_every == 0:
+                save_checkpoint(run_dir, epoch + 1, policy, optimizer, scaler, tracker, config.keep_checkpoints)
+        if last or (config.grid_every and (epoch + 1) % config.grid_every == 0):
+            draw_grid(epoch + 1)
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
+    accelerator.print(
+        f"done: {run_dir} holds metrics.jsonl, images/ and checkpoints/.\n"
+        f'Base and finetuned side by side: python -m scripts.sample --run {run_dir} --prompts "a cat"'
+    )
+
+
+if __name__ == "__main__":
+    cli.run(train)

@@ -46,7 +46,9 @@ def draw_noise(shape, seed, epoch, index):
 def train(config, preset):
     # ------------------------------------------------------------------------------------------------------- set up
     check(config, PartialState().num_processes)
-    accelerator = Accelerator(log_with=config.tracker or None)
+    run_dir = config.resume or config.run_dir or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = broadcast_object_list([run_dir])[0]  # clocks differ
+    accelerator = Accelerator(log_with=config.tracker or None, project_dir=run_dir)
     rank, processes = accelerator.process_index, accelerator.num_processes
     sample, opt = config.sample, config.train
     reward_fn = choose("reward", config.reward, rewards.REWARDS)
@@ -80,9 +82,6 @@ def train(config, preset):
     mine = [u * per_update + rank * share + k for u in range(updates) for k in range(share)]
     trained_steps = round(opt.timestep_fraction * sample.num_steps)
 
-    run_dir = config.resume or config.run_dir or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = broadcast_object_list([run_dir])[0]
-    accelerator.project_configuration.set_directories(run_dir)
     first_epoch = 0
     if config.resume:
         first_epoch = load_checkpoint(run_dir, policy, optimizer, scaler, tracker)

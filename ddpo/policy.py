@@ -11,11 +11,13 @@ import os
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from ddpo import InputError, choose
 
+disable_progress_bar()  # of loading a pipeline's parts; downloads keep theirs
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # name -> autocast dtype
 LORA_FILE = "pytorch_lora_weights.safetensors"
 

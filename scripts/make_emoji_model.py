@@ -426,7 +426,7 @@ def main():
     parser.add_argument("--pictures", type=int, default=40_000)
     parser.add_argument("--classifier_steps", type=int, default=1500)
     parser.add_argument("--vae_steps", type=int, default=1800)
-    parser.add_argument("--unet_steps", type=int, default=8_000)
+    parser.add_argument("--unet_steps", type=int, default=6_500)
     parser.add_argument("--unet_batch", type=int, default=64)
     parser.add_argument("--clip_steps", type=int, default=1500)
     parser.add_argument("--save_every", type=int, default=250)

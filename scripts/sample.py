@@ -21,7 +21,7 @@ from ddpo.tracking import image_grid
 
 
 def load_run(run, checkpoint="", device=None):
-    """Returns the config and the finetuned policy of a run, at its newest checkpoint or a named one."""
+    """The config of a run and its policies, {"base": ..., "finetuned": ...} at its newest checkpoint or a named one."""
     try:
         with open(os.path.join(run, "config.json")) as f:
             config = ConfigDict(json.load(f))
@@ -33,10 +33,12 @@ def load_run(run, checkpoint="", device=None):
     if not folders:
         raise InputError(f"{run} has no checkpoint yet")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    policy = load_policy(config.model, config.lora_rank, config.precision, device, config.lora_targets.split(","))
-    load_weights(policy, folders[checkpoint] if checkpoint else list_checkpoints(run)[-1])
-    policy.scheduler.set_timesteps(config.sample.num_steps)
-    return config, policy
+    base = load_policy(config.model, 0, config.precision, device)
+    finetuned = load_policy(config.model, config.lora_rank, config.precision, device, config.lora_targets.split(","))
+    load_weights(finetuned, folders[checkpoint] if checkpoint else list_checkpoints(run)[-1])
+    for policy in (base, finetuned):
+        policy.scheduler.set_timesteps(config.sample.num_steps)
+    return config, {"base": base, "finetuned": finetuned}
 
 
 def main():
@@ -52,19 +54,18 @@ def main():
     parser.add_argument("--output", default="", help="default: RUN/images/samples.png")
     args = parser.parse_args()
 
-    config, finetuned = load_run(args.run, args.checkpoint)
+    config, policies = load_run(args.run, args.checkpoint)
     sample = config.sample
-    prompts.check_length(args.prompts, finetuned.pipe.tokenizer)
-    base = load_policy(config.model, 0, config.precision, finetuned.device)
+    prompts.check_length(args.prompts, policies["base"].pipe.tokenizer)
     steps = args.steps or sample.num_steps
-    shape = (steps + 1, *finetuned.latent_shape(sample.height, sample.width))
+    shape = (steps + 1, *policies["base"].latent_shape(sample.height, sample.width))
 
     def noise(i):
         return torch.randn(shape, generator=torch.Generator().manual_seed(args.seed * 10**6 + i))
 
     texts = [prompt for prompt in args.prompts for _ in range(args.count)]
     pictures = {}
-    for name, policy in (("base", base), ("finetuned", finetuned)):
+    for name, policy in policies.items():
         policy.scheduler.set_timesteps(steps)
         eta = sample.eta if args.eta < 0 else args.eta
         guidance_scale = args.guidance_scale or sample.guidance_scale

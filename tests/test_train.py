@@ -1,6 +1,7 @@
 """The real command line, end to end, on pipelines with few random weights."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -128,3 +129,26 @@ def test_bad_rewards_stop_before_any_weight_changes(tiny, tmp_path, monkeypatch)
     fresh = load(tiny, config.lora_rank, "fp32", "cpu", config.lora_targets.split(","))
     for a, b in zip(policies[0].trainable_parameters(), fresh.trainable_parameters()):
         assert torch.equal(a, b) and a.grad is None
+
+
+@pytest.mark.parametrize("tracker, files", [("wandb", "wandb/offline-run-*/*.wandb"), ("tensorboard", "ddpo/events.*")])
+def test_trackers_never_ask_for_a_login(tiny, tmp_path, tracker, files):
+    run = tmp_path / "run"
+    env = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
+    result = launch(model=tiny, run_dir=run, tracker=tracker, env=env, direct=True)
+    assert list(run.glob(files)) and len(metrics(run)) == 2
+    assert ("wandb sync" in result.stdout) == (tracker == "wandb")
+
+
+def test_sample_and_plot(tiny, reference, tmp_path):
+    """The commands that README gives for a finished run."""
+    for command, output in (
+        (
+            ["sample", "--run", reference, "--prompts", "a cat", "a dog", "--count", "3"],
+            reference / "images/samples.png",
+        ),
+        (["plot", reference, "--output", tmp_path / "curve.png"], tmp_path / "curve.png"),
+    ):
+        command = [sys.executable, "-m", f"scripts.{command[0]}", *map(str, command[1:])]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        assert Image.open(output).size[0] > 200

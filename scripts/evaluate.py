@@ -1,0 +1,71 @@
+"""Measures a base model and its finetuned version on the same prompts and noise: the run's own reward, and whether an
+image classifier that no reward uses still names the animal.
+
+    python -m scripts.evaluate --run runs/NAME
+
+For runs on the common animals. Writes RUN/evaluation.json.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageClassification
+
+from ddpo import InputError, choose, prompts, rewards
+from ddpo.pipeline_logprob import sample_with_logprob
+from scripts.sample import load_run
+
+
+@torch.no_grad()
+def named_animals(images, folder):
+    """The label that the classifier in `folder` gives each of B PIL images."""
+    classifier = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float()
+    labels = torch.cat([classifier(batch / 127.5 - 1).logits.argmax(1) for batch in pixels.split(64)])
+    return [classifier.config.id2label[label] for label in labels.tolist()]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="a run's folder")
+    parser.add_argument("--checkpoint", default="", help="a name in RUN/checkpoints; default: the newest")
+    parser.add_argument("--count", type=int, default=4, help="pictures per animal")
+    parser.add_argument("--seed", type=int, default=1_000_000, help="of the noise")
+    parser.add_argument("--classifier", default="models/emoji/classifier")
+    args = parser.parse_args()
+
+    config, policies = load_run(args.run, args.checkpoint)
+    sample = config.sample
+    reward = choose("reward", config.reward, rewards.REWARDS)
+    texts = [prompt for prompt, _ in prompts.common_animals()] * args.count
+    animals = [text.split()[-1] for text in texts]
+    shape = (sample.num_steps + 1, *policies["base"].latent_shape(sample.height, sample.width))
+
+    def noise(i):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(args.seed + i))
+
+    result = {"pictures": len(texts)}
+    for name in policies:
+        options = (sample.guidance_scale, sample.eta, sample.batch_size)
+        pictures = sample_with_logprob(policies[name], texts, noise, *options, progress=name).images
+        values, info = rewards.compute_rewards(reward, pictures, texts, [{}] * len(texts))
+        named = named_animals(pictures, args.classifier)
+        result[name] = {
+            "reward_mean": float(values.mean()),
+            **{key: float(value.mean()) for key, value in info.items()},
+            "classifier_accuracy": float(np.mean([a == b for a, b in zip(named, animals)])),
+        }
+    print(json.dumps(result, indent=1))
+    with open(os.path.join(args.run, "evaluation.json"), "w") as f:
+        json.dump(result, f, indent=1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from config.base import check
-from ddpo import InputError, choose, cli, prompts, rewards
+from ddpo import InputError, choose, cli, cpu_cores, prompts, rewards
 from ddpo.checkpoint import load_checkpoint, save_checkpoint, truncate_metrics
 from ddpo.ddim_logprob import ddim_step_with_logprob
 from ddpo.losses import ALGORITHMS
@@ -34,12 +34,12 @@ GRID = 2**31  # the "epoch" whose noise the picture grids use
 
 def draw_prompt(prompt_set, seed, epoch, index):
     """The (prompt, metadata) of sample `index`."""
-    return prompt_set[np.random.default_rng((seed, epoch, index)).integers(len(prompt_set))]
+    return prompt_set[np.random.default_rng((seed, epoch, index, 1)).integers(len(prompt_set))]
 
 
 def draw_noise(shape, seed, epoch, index):
     """All standard normal noise of sample `index`; drawn on the CPU, so that it is the same on every device."""
-    torch_seed = int(np.random.SeedSequence((seed, epoch, index, 1)).generate_state(1, np.uint64)[0])
+    torch_seed = int(np.random.SeedSequence((seed, epoch, index, 2)).generate_state(1, np.uint64)[0])
     return torch.randn(shape, generator=torch.Generator().manual_seed(torch_seed))
 
 
@@ -57,11 +57,12 @@ def train(config, preset):
 
     device = accelerator.device
     if device.type == "cpu":  # `accelerate launch` allows one thread; more than cores / processes would be far slower
-        threads = config.threads or max(1, len(os.sched_getaffinity(0)) // processes)
+        threads = config.threads or max(1, cpu_cores() // processes)
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)
         accelerator.print(f"no GPU: {processes} process(es) with {threads} CPU thread(s) each")
-    policy = load_policy(config.model, config.lora_rank, config.precision, device, config.lora_targets.split(","))
+    targets = config.lora_targets.replace(" ", "").split(",")
+    policy = load_policy(config.model, config.lora_rank, config.precision, device, targets, config.seed)
     if opt.gradient_checkpointing:
         policy.unet.enable_gradient_checkpointing()
     prompts.check_length([prompt for prompt, _ in prompt_set], policy.pipe.tokenizer)
@@ -128,6 +129,9 @@ def train(config, preset):
             sample.eta, sample.batch_size, progress="sampling" if accelerator.is_main_process else None,
         )  # fmt: skip
 
+        if not latents.isfinite().all():
+            raise InputError(f"epoch {epoch}: the network's output is not finite. Try precision bf16 or fp32")
+
         # ----------------------------------------------------------------------------------- rewards and advantages
         my_rewards, reward_info = rewards.compute_rewards(reward_fn, images, my_prompts, my_metadata)
         # Every process sees the whole round, in the order of the sample indices, and computes the same advantages.
@@ -145,7 +149,7 @@ def train(config, preset):
         for inner, update in np.ndindex(opt.inner_epochs, updates):
             # All transitions of the update, timestep by timestep: batches are then composed as in sampling. Deviation
             # from the port: a subset of the timesteps is drawn per update, not per sample.
-            steps_rng = np.random.default_rng((config.seed, epoch, inner, update))
+            steps_rng = np.random.default_rng((config.seed, epoch, inner, update, 3))
             steps = np.sort(steps_rng.choice(sample.num_steps, trained_steps, replace=False))
             rows = torch.arange(update * share, (update + 1) * share, device=device).repeat(trained_steps)
             columns = torch.as_tensor(steps, device=device).repeat_interleave(share)
@@ -166,10 +170,12 @@ def train(config, preset):
                 for p in parameters:
                     p.grad = accelerator.reduce(p.grad, "sum")
             scaler.unscale_(optimizer)
-            grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, opt.max_grad_norm))
-            if not scaler.is_enabled() and not torch.isfinite(grad_norms[-1]):
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, opt.max_grad_norm)
+            if torch.isfinite(grad_norm):
+                grad_norms.append(float(grad_norm))
+            elif not scaler.is_enabled():  # fp16 overflows now and then: the scaler skips the step and scales less
                 raise InputError(
-                    f"the gradient is {grad_norms[-1]} at epoch {epoch}, update {update}: stopped before it reached "
+                    f"the gradient is {grad_norm} at epoch {epoch}, update {update}: stopped before it reached "
                     "the weights. A lower learning rate may help"
                 )
             scaler.step(optimizer)
@@ -182,16 +188,16 @@ def train(config, preset):
         infos = gather_object([{key: float(value.sum()) for key, value in reward_info.items()}])
         seconds = time.time() - start
         metrics = {
+            **{key: sum(i[key] for i in infos) / sample.images_per_epoch for key in reward_info},
             "epoch": epoch,
             "reward_queries": (epoch + 1) * sample.images_per_epoch,
             "seconds": seconds,
             "reward_mean": float(all_rewards.mean()),
             "reward_std": float(all_rewards.std()),
-            **{key: sum(i[key] for i in infos) / sample.images_per_epoch for key in reward_info},
             "images_per_second": sample.images_per_epoch / seconds,
             **{key: float(accelerator.reduce(value, "sum")) / transitions for key, value in totals.items()},
             "ratio_error": float(accelerator.gather(ratio_error).max()),
-            "grad_norm": float(torch.stack(grad_norms).mean()),
+            "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0,
         }
         last = epoch + 1 == config.num_epochs
         if accelerator.is_main_process:
@@ -203,6 +209,7 @@ def train(config, preset):
         if last or (config.grid_every and (epoch + 1) % config.grid_every == 0):
             draw_grid(epoch + 1)
         accelerator.wait_for_everyone()
+        del images, latents, prompt_embeds  # before the next round's are made
     accelerator.end_training()
     accelerator.print(
         f"done: {run_dir} holds metrics.jsonl, images/ and checkpoints/.\n"

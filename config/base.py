@@ -5,6 +5,8 @@
 Options marked (memory) change speed and memory, never the result.
 """
 
+import math
+
 from ml_collections import ConfigDict
 
 from ddpo import InputError
@@ -94,16 +96,18 @@ def check(config, processes=1):
             f"train.timestep_fraction = {train.timestep_fraction} of sample.num_steps = {sample.num_steps} must leave "
             f"1 to {sample.num_steps} steps: use {1 / sample.num_steps:.3g} to 1"
         )
+    if config.stats.min_count > config.stats.buffer_size:
+        raise InputError(
+            f"stats.min_count = {config.stats.min_count} can never be reached by stats.buffer_size = "
+            f"{config.stats.buffer_size} rewards: lower the one or raise the other"
+        )
     if config.tracker not in ("", "wandb", "tensorboard"):
         raise InputError(f'unknown tracker {config.tracker!r}: "" (none), wandb or tensorboard')
-    _check_divides(sample.images_per_epoch, train.updates_per_epoch * processes,
-                   f"train.updates_per_epoch = {train.updates_per_epoch} x {processes} processes")  # fmt: skip
-    _check_divides(sample.images_per_epoch, sample.images_per_prompt,
-                   f"sample.images_per_prompt = {sample.images_per_prompt}")  # fmt: skip
-
-
-def _check_divides(images, parts, what):
-    if images % parts:
-        below, above = images // parts * parts, (images // parts + 1) * parts
-        nearest = f"{below} or {above}" if below else f"{above}"
-        raise InputError(f"sample.images_per_epoch = {images} is not a multiple of {what} ({parts}): use {nearest}")
+    parts = math.lcm(train.updates_per_epoch * processes, sample.images_per_prompt)
+    if sample.images_per_epoch % parts:
+        below, above = sample.images_per_epoch // parts * parts, (sample.images_per_epoch // parts + 1) * parts
+        raise InputError(
+            f"sample.images_per_epoch = {sample.images_per_epoch} does not split into train.updates_per_epoch = "
+            f"{train.updates_per_epoch} x {processes} process(es) and groups of sample.images_per_prompt = "
+            f"{sample.images_per_prompt}: use {f'{below} or {above}' if below else above}"
+        )

@@ -3,12 +3,17 @@
 import difflib
 import os
 
-# transformers would say at each start that torchvision is missing; no processor here needs it.
+# transformers would say at import that torchvision is missing; no processor here needs it. policy.py turns warnings on.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 class InputError(ValueError):
     """What the user gave cannot work. The message is one line that says what is wrong and what to do."""
+
+
+def cpu_cores():
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def nearest(name, choices):

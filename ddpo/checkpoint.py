@@ -32,7 +32,8 @@ def save_checkpoint(run_dir, epoch, policy, optimizer, scaler, tracker, keep):
                 os.fsync(f.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
-    for old in list_checkpoints(run_dir)[:-keep] if keep else []:
+    older = [c for c in list_checkpoints(run_dir) if _epoch(c) < epoch]
+    for old in older[: len(older) - keep + 1] if keep else []:
         shutil.rmtree(old)
 
 
@@ -40,21 +41,26 @@ def list_checkpoints(run_dir):
     """The finished checkpoints of a run, oldest first."""
     parent = os.path.join(run_dir, "checkpoints")
     names = os.listdir(parent) if os.path.isdir(parent) else []
-    names = sorted((n for n in names if re.fullmatch(r"epoch_\d+", n)), key=lambda n: int(n.removeprefix("epoch_")))
-    return [os.path.join(parent, n) for n in names]
+    return sorted((os.path.join(parent, n) for n in names if re.fullmatch(r"epoch_\d+", n)), key=_epoch)
+
+
+def _epoch(folder):
+    return int(os.path.basename(folder).removeprefix("epoch_"))
 
 
 def load_checkpoint(run_dir, policy, optimizer, scaler, tracker):
     """Restores the newest checkpoint that can be read; says which ones it passed over. Returns the epochs it has done.
 
-    Raises InputError if there is none.
+    Raises InputError if there is none, or if it is of another kind of run (LoRA, full, rank).
     """
     for folder in reversed(list_checkpoints(run_dir)):
         try:
             state = torch.load(os.path.join(folder, "state.pt"), map_location=policy.device, weights_only=True)
             load_weights(policy, folder)
-        except (InputError, OSError, RuntimeError, EOFError, ValueError) as error:
-            print(f"passing over {folder}, which cannot be read: {str(error).splitlines()[0]}", flush=True)
+        except InputError:
+            raise
+        except Exception as error:  # a damaged file: every format has its own error
+            print(f"passing over {folder}, which cannot be read: {type(error).__name__}: {error}", flush=True)
             continue
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])

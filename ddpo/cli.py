@@ -1,5 +1,6 @@
 """The command line of train.py: --config FILE[:VARIANT], --config.KEY=VALUE, and one clear line for a mistake."""
 
+import json
 import os
 import sys
 
@@ -18,8 +19,11 @@ def run(train):
     """Parses the command line and calls train(config, preset name). An InputError ends it with its one line."""
 
     def main(_):
+        config = CONFIG.value
+        if config.resume:
+            _take_options_of(config.resume, config)
         filename = config_flags.get_config_filename(flags.FLAGS["config"])
-        train(CONFIG.value, os.path.basename(filename).replace(".py", "").replace(":", "-").replace(",", "-"))
+        train(config, os.path.basename(filename).replace(".py", "").replace(":", "-").replace(",", "-"))
 
     try:
         app.run(main, flags_parser=_parse)
@@ -27,6 +31,24 @@ def run(train):
         if os.environ.get("DDPO_TRACEBACK"):
             raise
         sys.exit(f"error: {error} (DDPO_TRACEBACK=1 shows where)")
+
+
+def _given(argv):
+    """The dotted names of the options on the command line."""
+    return [a.lstrip("-").removeprefix("config.").split("=")[0] for a in argv if a.lstrip("-").startswith("config.")]
+
+
+def _take_options_of(run_dir, config):
+    """A resumed run keeps the options in its config.json, but for those given on the command line."""
+    path, given = os.path.join(run_dir, "config.json"), _given(sys.argv)
+    try:
+        with open(path) as f:
+            saved = flatten(json.load(f))
+        config.update_from_flattened_dict({k: v for k, v in saved.items() if k not in given})
+    except OSError as error:
+        raise InputError(f"nothing to resume: there is no {path}") from error
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} does not fit this version's options: {error}") from error
 
 
 def _parse(argv):
@@ -37,8 +59,7 @@ def _parse(argv):
         CONFIG.value.to_dict()  # a config that did not load fails only here
     except (AttributeError, KeyError) as error:  # what ml_collections raises for a key that does not exist
         known = flatten(base_config())
-        given = [a.lstrip("-").removeprefix("config.").split("=")[0] for a in argv if a.startswith("--config.")]
-        unknown = next((key for key in given if key not in known), None)
+        unknown = next((key for key in _given(argv) if key not in known), None)
         if unknown is None:
             raise
         if "guidance" in unknown or "cfg" in unknown:

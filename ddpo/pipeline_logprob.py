@@ -62,27 +62,29 @@ def sample_with_logprob(policy, prompts, noise, guidance_scale, eta, batch_size=
     timesteps = scheduler.timesteps.to(policy.device)
     initial_scale = float(scheduler.init_noise_sigma)
     batch_size = batch_size or count
-    images, all_latents, all_log_probs = [], [], []
+    images, trajectories, all_log_probs = [], None, []
     bar = tqdm(total=count * len(timesteps), desc=progress, unit="step", leave=False, disable=progress is None)
     for start in range(0, count, batch_size):
         batch = range(start, min(start + batch_size, count))
         prompt_embeds = policy.embed([prompts[i] for i in batch])
         negative_embeds = policy.embed([""])
         batch_noise = torch.stack([noise(i) for i in batch]).to(policy.device)  # (b, T + 1, C, H, W)
-        latents = [batch_noise[:, 0] * initial_scale]
+        if trajectories is None:  # in one piece from the start: at Stable Diffusion's size they are most of a gigabyte
+            trajectories = torch.empty((count, *batch_noise.shape[1:]), device=policy.device)
+        latents = trajectories[start : start + len(batch)]
+        latents[:, 0] = x_t = batch_noise[:, 0] * initial_scale
         log_probs = []
         for step, t in enumerate(timesteps):
             t = t.expand(len(batch))
-            output = predict_noise(policy, latents[-1], t, prompt_embeds, negative_embeds, guidance_scale)
-            x, log_prob = ddim_step_with_logprob(scheduler, output, t, latents[-1], eta, noise=batch_noise[:, step + 1])
-            latents.append(x)
+            output = predict_noise(policy, x_t, t, prompt_embeds, negative_embeds, guidance_scale)
+            x_t, log_prob = ddim_step_with_logprob(scheduler, output, t, x_t, eta, noise=batch_noise[:, step + 1])
+            latents[:, step + 1] = x_t
             log_probs.append(log_prob)
             bar.update(len(batch))
-        images += decode(policy, latents[-1])
-        all_latents.append(torch.stack(latents, dim=1))
+        images += decode(policy, x_t)
         all_log_probs.append(torch.stack(log_probs, dim=1))
     bar.close()
-    return Trajectories(images, torch.cat(all_latents), torch.cat(all_log_probs), timesteps)
+    return Trajectories(images, trajectories, torch.cat(all_log_probs), timesteps)
 
 
 def decode(policy, latents):

@@ -4,12 +4,13 @@ Stable Diffusion 1.x and 2.x, or any folder or hub name that diffusers loads as 
 
 Precision. Trainable weights and the optimizer are always float32; "bf16" and "fp16" run the network under autocast, and
 keep frozen weights (all of the UNet, for LoRA) in half precision too. "tf32" is float32 with TensorFloat-32 matrix
-products. The VAE is float32 in every mode: it runs once per picture, and in half precision it bands and overflows.
+products. The VAE has float32 weights in every mode: it runs once per picture, and in half precision it overflows.
 """
 
 import os
 
 import torch
+import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from ddpo import InputError, choose
 
+transformers.logging.set_verbosity_warning()
 disable_progress_bar()  # of loading a pipeline's parts; downloads keep theirs
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # name -> autocast dtype
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -41,8 +43,8 @@ class Policy:
     def embed(self, prompts):
         """(B, L, D) text embeddings. Each prompt is encoded once, and alone, so that no batch changes its bits."""
         for prompt in set(prompts) - self._embeddings.keys():
-            self._embeddings[prompt] = self.pipe.encode_prompt(prompt, self.device, 1, False)[0][0].float()
-        return torch.stack([self._embeddings[prompt] for prompt in prompts])
+            self._embeddings[prompt] = self.pipe.encode_prompt(prompt, self.device, 1, False)[0][0].float().cpu()
+        return torch.stack([self._embeddings[prompt] for prompt in prompts]).to(self.device)
 
     def trainable_parameters(self):
         return [p for p in self.unet.parameters() if p.requires_grad]
@@ -54,16 +56,10 @@ class Policy:
         own = (size, size) if isinstance(size, int) else tuple(size)
         pixels = [given or s * factor for given, s in zip((height, width), own)]
         for name, value in zip(("height", "width"), pixels):
-            step = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-            if value % step:
-                raise InputError(f"sample.{name} = {value} is not a multiple of {step}, as this model needs: use "
-                                 f"{max(step, value // step * step)} or {(value // step + 1) * step}")  # fmt: skip
+            if value % factor:
+                below, above = value // factor * factor, (value // factor + 1) * factor
+                raise InputError(f"sample.{name} = {value} is not a multiple of {factor}: use {below} or {above}")
         return (self.unet.config.in_channels, *(p // factor for p in pixels))
-
-    def set_lora_enabled(self, enabled):
-        """Turns the LoRA off (the base model) and on again."""
-        if self.lora_rank:
-            (self.unet.enable_adapters if enabled else self.unet.disable_adapters)()
 
 
 def load_policy(model, lora_rank, precision, device, lora_targets=("to_q", "to_k", "to_v", "to_out.0"), lora_seed=0):
@@ -86,19 +82,18 @@ def load_policy(model, lora_rank, precision, device, lora_targets=("to_q", "to_k
     pipe.unet.requires_grad_(not lora_rank)
     pipe.to(device)
     if lora_rank:
-        if dtype is not None:
-            pipe.unet.to(dtype)
+        modules = [name for name, _ in pipe.unet.named_modules()]
+        for target in lora_targets:
+            if not any(f".{name}".endswith(f".{target}") for name in modules):
+                raise InputError(f"lora_targets: the UNet has no module {target!r}. Common: to_q,to_k,to_v,to_out.0")
         torch.manual_seed(lora_seed)
         lora = LoraConfig(
             r=lora_rank, lora_alpha=lora_rank, init_lora_weights="gaussian", target_modules=list(lora_targets)
         )
-        try:
-            pipe.unet.add_adapter(lora)
-        except ValueError as error:
-            raise InputError(f"lora_targets {', '.join(lora_targets)}: {str(error).splitlines()[0]}") from error
+        pipe.unet.add_adapter(lora)
         for p in pipe.unet.parameters():
-            if p.requires_grad:
-                p.data = p.data.float()
+            if dtype is not None and not p.requires_grad:
+                p.data = p.data.to(dtype)
     if torch.device(device).type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     pipe.unet.eval()
@@ -117,7 +112,10 @@ def load_pipeline(model):
         where = "is not a StableDiffusionPipeline folder" if os.path.isdir(model) else (
             "is not a folder here and could not be had from the hub")  # fmt: skip
         raise InputError(f"model {model!r} {where}: {str(error).strip().splitlines()[0]}") from error
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    # DDIM with the noise schedule of whatever sampler the model came with; what its file leaves unsaid is as in SD 1.x.
+    config = pipe.scheduler.config
+    said = {"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False}
+    pipe.scheduler = DDIMScheduler.from_config(config, **{k: config.get(k, v) for k, v in said.items()})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -139,15 +137,12 @@ def load_weights(policy, folder):
     path = os.path.join(folder, kind)
     if not os.path.isdir(path):
         raise InputError(f"{folder} has no {kind}/ folder: was it trained with another lora_rank?")
-    try:
-        if policy.lora_rank:
-            state = load_file(os.path.join(path, LORA_FILE))
-            state = {key.removeprefix("unet."): value for key, value in state.items()}
-            expected = get_peft_model_state_dict(policy.unet)
-            if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
-                raise InputError(f"the LoRA in {path} has other modules or another rank than this run's")
-            set_peft_model_state_dict(policy.unet, state)
-        else:
-            policy.unet.load_state_dict(UNet2DConditionModel.from_pretrained(path).state_dict())
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"the weights in {path} do not load: {str(error).splitlines()[0]}") from error
+    if policy.lora_rank:
+        state = load_file(os.path.join(path, LORA_FILE))
+        state = {key.removeprefix("unet."): value for key, value in state.items()}
+        expected = get_peft_model_state_dict(policy.unet)
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
+            raise InputError(f"the LoRA in {path} has other modules or another rank than this run's")
+        set_peft_model_state_dict(policy.unet, state)
+    else:
+        policy.unet.load_state_dict(UNet2DConditionModel.from_pretrained(path).state_dict())

@@ -59,13 +59,16 @@ def compute_rewards(reward, images, prompts, metadata):
         raise InputError(f"reward {name} raised {reason} (first of its prompts: {prompts[0]!r})") from error
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
         raise InputError(f"reward {name} must return a pair (rewards, info dict), not {type(result).__name__}")
-    try:
-        rewards = np.asarray(result[0], dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"reward {name} must return numbers: {error}") from error
-    if rewards.shape != (count,):
-        raise InputError(f"reward {name} returned shape {rewards.shape} for {count} images: it must be ({count},)")
-    for prompt, value in zip(prompts, rewards.tolist()):
-        if not np.isfinite(value):
-            raise InputError(f"reward {name} returned {value} for the prompt {prompt!r}: rewards must be finite")
-    return rewards, {key: np.asarray(value, dtype=np.float32) for key, value in result[1].items()}
+    checked = {}
+    for key, values in {"": result[0], **result[1]}.items():
+        what = f"reward {name}" + (f", info {key!r}," if key else "")
+        try:
+            checked[key] = np.asarray(values, dtype=np.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{what} must return numbers: {error}") from error
+        if checked[key].shape != (count,):
+            raise InputError(f"{what} returned shape {checked[key].shape} for {count} images: it must be ({count},)")
+        for prompt, value in zip(prompts, checked[key].tolist()):
+            if not np.isfinite(value):
+                raise InputError(f"{what} returned {value} for the prompt {prompt!r}: it must be finite")
+    return checked.pop(""), checked

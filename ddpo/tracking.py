@@ -36,7 +36,7 @@ def start_tracker(accelerator, run_dir, config):
         return
     if config.tracker == "wandb" and "WANDB_MODE" not in os.environ and not _has_wandb_key():
         os.environ["WANDB_MODE"] = "offline"
-        print(f"wandb: no API key, so it records offline; later: wandb sync {run_dir}/wandb/offline-*", flush=True)
+        accelerator.print(f"wandb: no API key, so it records offline; later: wandb sync {run_dir}/wandb/offline-*")
     options = {"wandb": {"dir": run_dir, "name": os.path.basename(run_dir)}}
     accelerator.init_trackers("ddpo", config=flatten(config), init_kwargs=options if config.tracker == "wandb" else {})
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForImageClassification
 
 from ddpo import InputError, choose, prompts, rewards
 from ddpo.pipeline_logprob import sample_with_logprob
-from scripts.sample import load_run
+from ddpo.policy import load_weights
+from scripts.sample import open_run
 
 
 @torch.no_grad()
@@ -38,20 +39,22 @@ def main():
     parser.add_argument("--classifier", default="models/emoji/classifier")
     args = parser.parse_args()
 
-    config, policies = load_run(args.run, args.checkpoint)
+    config, policy, folder = open_run(args.run, args.checkpoint)
     sample = config.sample
     reward = choose("reward", config.reward, rewards.REWARDS)
     texts = [prompt for prompt, _ in prompts.common_animals()] * args.count
     animals = [text.split()[-1] for text in texts]
-    shape = (sample.num_steps + 1, *policies["base"].latent_shape(sample.height, sample.width))
+    shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))
 
     def noise(i):
         return torch.randn(shape, generator=torch.Generator().manual_seed(args.seed + i))
 
     result = {"pictures": len(texts)}
-    for name in policies:
+    for name in ("base", "finetuned"):
+        if name == "finetuned":
+            load_weights(policy, folder)
         options = (sample.guidance_scale, sample.eta, sample.batch_size)
-        pictures = sample_with_logprob(policies[name], texts, noise, *options, progress=name).images
+        pictures = sample_with_logprob(policy, texts, noise, *options, progress=name).images
         values, info = rewards.compute_rewards(reward, pictures, texts, [{}] * len(texts))
         named = named_animals(pictures, args.classifier)
         result[name] = {

@@ -3,9 +3,10 @@
     apt-get install fonts-noto-color-emoji
     python -m scripts.make_emoji_model
 
-Seven stages, each skipped once done and resumed where it was stopped (state in --work): pictures, tokenizer,
-classifier, VAE, latents, UNet with its text encoder, CLIP. Then everything is saved in half precision under --output
-with grids to look at, and the figures of that folder's README are measured and printed (--report_only: just those).
+Pictures, tokenizer, classifier, VAE, latents, UNet with its text encoder, CLIP, one after another. What takes time is
+kept in --work: a finished stage is not done again, and a stopped one goes on. Then everything is saved under --output
+in half precision, with grids to look at, and the figures of that folder's README are measured and printed
+(--report_only: just those).
 
 Batch k of a stage is drawn by a generator seeded with (seed, k), so a stopped run continues exactly.
 """
@@ -39,7 +40,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from ddpo import emoji
+from ddpo import cpu_cores, emoji
 
 MAX_TOKENS = 24  # the longest caption has 9
 VALIDATION_SEED = 1_000_000  # pictures drawn with this seed are never trained on
@@ -206,13 +207,20 @@ def make_vae(args, pictures):
 
 
 @torch.no_grad()
-def encode(vae, pictures, device):
-    """Mean and standard deviation of the latents of all pictures, float16, and the factor that scales them to 1."""
-    moments = []
-    for i in tqdm(range(0, len(pictures), 64), "latents"):
-        posterior = vae.encode(to_tensor(pictures[i : i + 64], device)).latent_dist
-        moments.append(torch.stack([posterior.mean, posterior.std]).half())
-    moments = torch.cat(moments, dim=1)
+def encode(vae, pictures, args):
+    """(2, B, C, H, W) float16: mean and standard deviation of the latents of all pictures, computed once and kept in
+    --work. Sets the VAE's scaling factor, which makes the latents' standard deviation 1."""
+    path = os.path.join(args.work, "latents.pt")
+    if os.path.exists(path):
+        moments = torch.load(path, map_location=args.device)
+    else:
+        moments = []
+        for i in tqdm(range(0, len(pictures), 64), "latents"):
+            posterior = vae.encode(to_tensor(pictures[i : i + 64], args.device)).latent_dist
+            moments.append(torch.stack([posterior.mean, posterior.std]).half())
+        moments = torch.cat(moments, dim=1)
+        torch.save(moments, path + ".tmp")
+        os.replace(path + ".tmp", path)
     mean, std = moments.float()
     vae.register_to_config(scaling_factor=1 / (mean.var() + std.square().mean()).sqrt().item())
     return moments
@@ -364,7 +372,6 @@ def report(args):
 
     def generate(prompts, seed):
         generator = torch.Generator(args.device).manual_seed(seed)
-        pipe.scheduler.set_timesteps(20)
         return [
             image
             for i in range(0, len(prompts), 45)
@@ -426,11 +433,11 @@ def main():
     parser.add_argument("--pictures", type=int, default=40_000)
     parser.add_argument("--classifier_steps", type=int, default=1500)
     parser.add_argument("--vae_steps", type=int, default=1800)
-    parser.add_argument("--unet_steps", type=int, default=6_500)
+    parser.add_argument("--unet_steps", type=int, default=5_000)
     parser.add_argument("--unet_batch", type=int, default=64)
-    parser.add_argument("--clip_steps", type=int, default=1500)
+    parser.add_argument("--clip_steps", type=int, default=1200)
     parser.add_argument("--save_every", type=int, default=250)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads of torch")
+    parser.add_argument("--threads", type=int, default=cpu_cores(), help="CPU threads of torch")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="of the report's pictures")
     parser.add_argument("--report_only", action="store_true", help="measure what stands in --output")
     args = parser.parse_args()
@@ -445,7 +452,7 @@ def main():
     tokenizer = make_tokenizer()
     classifier = make_classifier(args, pictures, scenes)
     vae = make_vae(args, pictures)
-    moments = encode(vae, pictures, args.device)
+    moments = encode(vae, pictures, args)
     unet, text_encoder = make_unet(args, moments, scenes, vae.config.scaling_factor, tokenizer)
     clip = make_clip(args, pictures, scenes, tokenizer)
 

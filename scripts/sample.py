@@ -20,8 +20,9 @@ from ddpo.policy import load_policy, load_weights
 from ddpo.tracking import image_grid
 
 
-def load_run(run, checkpoint="", device=None):
-    """The config of a run and its policies, {"base": ..., "finetuned": ...} at its newest checkpoint or a named one."""
+def open_run(run, checkpoint=""):
+    """The config of a run, its policy as it was before training, and the folder of its newest or a named checkpoint:
+    `load_weights(policy, folder)` makes it the finetuned one."""
     try:
         with open(os.path.join(run, "config.json")) as f:
             config = ConfigDict(json.load(f))
@@ -32,13 +33,11 @@ def load_run(run, checkpoint="", device=None):
         raise InputError(f"{run} has no checkpoint {checkpoint!r}: there is {', '.join(folders) or 'none'}")
     if not folders:
         raise InputError(f"{run} has no checkpoint yet")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    base = load_policy(config.model, 0, config.precision, device)
-    finetuned = load_policy(config.model, config.lora_rank, config.precision, device, config.lora_targets.split(","))
-    load_weights(finetuned, folders[checkpoint] if checkpoint else list_checkpoints(run)[-1])
-    for policy in (base, finetuned):
-        policy.scheduler.set_timesteps(config.sample.num_steps)
-    return config, {"base": base, "finetuned": finetuned}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    targets = config.lora_targets.replace(" ", "").split(",")
+    policy = load_policy(config.model, config.lora_rank, config.precision, device, targets)  # a new LoRA adds nothing
+    policy.scheduler.set_timesteps(config.sample.num_steps)
+    return config, policy, folders[checkpoint] if checkpoint else list_checkpoints(run)[-1]
 
 
 def main():
@@ -54,21 +53,23 @@ def main():
     parser.add_argument("--output", default="", help="default: RUN/images/samples.png")
     args = parser.parse_args()
 
-    config, policies = load_run(args.run, args.checkpoint)
+    config, policy, folder = open_run(args.run, args.checkpoint)
     sample = config.sample
-    prompts.check_length(args.prompts, policies["base"].pipe.tokenizer)
+    prompts.check_length(args.prompts, policy.pipe.tokenizer)
     steps = args.steps or sample.num_steps
-    shape = (steps + 1, *policies["base"].latent_shape(sample.height, sample.width))
+    policy.scheduler.set_timesteps(steps)
+    shape = (steps + 1, *policy.latent_shape(sample.height, sample.width))
 
     def noise(i):
         return torch.randn(shape, generator=torch.Generator().manual_seed(args.seed * 10**6 + i))
 
     texts = [prompt for prompt in args.prompts for _ in range(args.count)]
     pictures = {}
-    for name, policy in policies.items():
-        policy.scheduler.set_timesteps(steps)
-        eta = sample.eta if args.eta < 0 else args.eta
-        guidance_scale = args.guidance_scale or sample.guidance_scale
+    eta = sample.eta if args.eta < 0 else args.eta
+    guidance_scale = args.guidance_scale or sample.guidance_scale
+    for name in ("base", "finetuned"):
+        if name == "finetuned":
+            load_weights(policy, folder)
         pictures[name] = sample_with_logprob(policy, texts, noise, guidance_scale, eta, sample.batch_size, name).images
     images, labels = [], []
     for row in range(len(args.prompts)):

@@ -58,7 +58,7 @@ def test_log_prob_is_the_mean_of_the_normals(dtype):
 
 
 def test_gradient_is_that_of_the_gaussian():
-    """d log p / d model_output by finite differences in float64, through the mean's slope."""
+    """d log p / d model_output = (x - mu) / sigma^2 * d mu / d model_output, the last by a finite difference."""
     scheduler = make_scheduler(10)
     t = scheduler.timesteps[4]
     sample, output, prev_sample = torch.randn(3, 1, 4, 8, 8)

@@ -12,7 +12,9 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(ROOT))
+import train
+from config.base import get_config
+from ddpo import InputError, rewards
 
 
 def metrics(run):
@@ -99,8 +101,9 @@ def test_memory_knobs_and_processes_change_nothing(tiny, tmp_path, reference, op
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
         assert ours["ratio_error"] < 1e-6
     one, two = weights(run, 2), weights(reference, 2)
-    distance = sum((one[k] - two[k]).square().sum() for k in one) / sum(v.square().sum() for v in two.values())
-    assert distance.sqrt() < 1e-3
+    moved = [k for k in two if "lora_B" in k]  # they began as 0, so their norm is how far training went
+    distance = sum((one[k] - two[k]).square().sum() for k in moved) / sum(two[k].square().sum() for k in moved)
+    assert distance.sqrt() < 1e-2
 
 
 def test_a_run_is_not_overwritten(tiny, reference):
@@ -110,10 +113,6 @@ def test_a_run_is_not_overwritten(tiny, reference):
 
 def test_bad_rewards_stop_before_any_weight_changes(tiny, tmp_path, monkeypatch):
     """A reward that turns bad in the second half of the first round: an error, and the weights are untouched."""
-    import train
-    from config.base import get_config
-    from ddpo import InputError, rewards
-
     policies = []
     load = train.load_policy
     monkeypatch.setattr(train, "load_policy", lambda *a: policies.append(load(*a)) or policies[-1])
@@ -126,7 +125,7 @@ def test_bad_rewards_stop_before_any_weight_changes(tiny, tmp_path, monkeypatch)
     config.update_from_flattened_dict({**SMALL, "model": tiny, "reward": "half_bad", "run_dir": str(tmp_path / "run")})
     with pytest.raises(InputError, match="half_bad returned nan for the prompt 'a"):
         train.train(config, "test")
-    fresh = load(tiny, config.lora_rank, "fp32", "cpu", config.lora_targets.split(","))
+    fresh = load(tiny, config.lora_rank, "fp32", "cpu", config.lora_targets.split(","), config.seed)
     for a, b in zip(policies[0].trainable_parameters(), fresh.trainable_parameters()):
         assert torch.equal(a, b) and a.grad is None
 
@@ -140,9 +139,39 @@ def test_trackers_never_ask_for_a_login(tiny, tmp_path, tracker, files):
     assert ("wandb sync" in result.stdout) == (tracker == "wandb")
 
 
-def test_sample_and_plot(tiny, reference, tmp_path):
+def test_resume_passes_over_a_damaged_checkpoint_and_keeps_its_options(tiny, tmp_path):
+    run = tmp_path / "run"
+    launch(model=tiny, run_dir=run, num_epochs=3, save_every=1, keep_checkpoints=0, lora_rank=2, direct=True)
+    (run / "checkpoints/epoch_0003/state.pt").write_bytes(b"cut short")
+    (run / "checkpoints/epoch_0002/lora/pytorch_lora_weights.safetensors").write_bytes(b"cut short")
+    command = [sys.executable, "train.py", f"--config.resume={run}", "--config.num_epochs=4"]  # no preset, no options
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("passing over") == 2 and [line["epoch"] for line in metrics(run)] == [0, 1, 2, 3]
+    assert json.loads((run / "config.json").read_text())["lora_rank"] == 2
+    result = launch(resume=run, check=False, direct=True)
+    assert "other modules or another rank" in result.stderr  # SMALL has lora_rank 4
+
+
+def test_the_other_options(tiny, tmp_path):
+    """fp16 with loss scaling, recomputed activations, two passes, some timesteps, groups, another size, no guidance."""
+    run = tmp_path / "run"
+    launch(
+        model=tiny, run_dir=run, precision="fp16", train__gradient_checkpointing=True, train__inner_epochs=2,
+        train__timestep_fraction=0.67, sample__images_per_prompt=4, sample__height=36, sample__guidance_scale=1.0,
+        lora_rank=0, direct=True,
+    )  # fmt: skip
+    assert all(line["ratio_error"] == 0 and line["grad_norm"] > 0 for line in metrics(run))
+    launch(resume=run, num_epochs=3, lora_rank=0, precision="fp16", direct=True)
+    assert len(metrics(run)) == 3
+
+
+def test_sample_and_plot_and_evaluate(tiny, tmp_path):
     """The commands that README gives for a finished run."""
+    reference = tmp_path / "run"
+    launch(model=tiny, run_dir=reference, train__learning_rate=0.1, direct=True)
     for command, output in (
+        (["evaluate", "--run", reference, "--count", "1"], None),
         (
             ["sample", "--run", reference, "--prompts", "a cat", "a dog", "--count", "3"],
             reference / "images/samples.png",
@@ -151,4 +180,9 @@ def test_sample_and_plot(tiny, reference, tmp_path):
     ):
         command = [sys.executable, "-m", f"scripts.{command[0]}", *map(str, command[1:])]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        assert Image.open(output).size[0] > 200
+        assert output is None or Image.open(output).size[0] > 200
+    evaluation = json.loads((reference / "evaluation.json").read_text())
+    assert evaluation["base"]["jpeg_kb"] != evaluation["finetuned"]["jpeg_kb"]
+    rows = np.asarray(Image.open(reference / "images/samples.png")).astype(float)
+    rows = rows[: len(rows) // 4 * 4].reshape(4, -1, *rows.shape[1:])  # base and finetuned, for two prompts
+    assert abs(rows[0] - rows[1]).mean() > 1 and abs(rows[2] - rows[3]).mean() > 1

@@ -52,8 +52,14 @@ def _take_options_of(run_dir, config):
 
 
 def _parse(argv):
-    if not any(a.lstrip("-").split("=")[0] == "config" for a in argv[1:]):
-        argv = [argv[0], f"--config={DEFAULT}", *argv[1:]]
+    # absl wants --config before the options that change it; its place should not matter, nor should its absence.
+    where = next((i for i, a in enumerate(argv) if a.lstrip("-").split("=")[0] == "config"), None)
+    if where is None:
+        first, rest = [f"--config={DEFAULT}"], argv[1:]
+    else:
+        end = where + 1 + ("=" not in argv[where])
+        first, rest = argv[where:end], argv[1:where] + argv[end:]
+    sys.argv = argv = [argv[0], *first, *rest]  # ml_collections reads the former
     try:
         rest = flags.FLAGS(argv)
         CONFIG.value.to_dict()  # a config that did not load fails only here

@@ -391,9 +391,9 @@ def report(args):
     result["classifier_on_generated"] = hits.float().mean().item()
     result["worst_animals"] = {ANIMALS[i]: int(hits[:, i].sum()) for i in hits.sum(0).argsort()[:8]}
     for name, grid, columns in (
-        ("animals.png", images[:90], 15),
-        ("reconstructions.png", [p for pair in zip(pictures[:30], to_uint8(y[:30])) for p in pair], 12),
-        ("activities.png", generate([f"{emoji.article(a)} {a} {d}" for a in ANIMALS[:15] for d in activities], 2), 15),
+        ("animals.jpg", images[:90], 15),
+        ("reconstructions.jpg", [p for pair in zip(pictures[:30], to_uint8(y[:30])) for p in pair], 12),
+        ("activities.jpg", generate([f"{emoji.article(a)} {a} {d}" for a in ANIMALS[:15] for d in activities], 2), 15),
     ):
         save_grid(grid, columns, os.path.join(args.output, name))
     result["guidance_scale"] = args.guidance_scale
@@ -419,7 +419,7 @@ def save_grid(images, columns, path):
     for i, image in enumerate(images):
         image = image if isinstance(image, Image.Image) else Image.fromarray(image)
         grid.paste(image, (i % columns * emoji.SIZE, i // columns * emoji.SIZE))
-    grid.save(path, optimize=True)
+    grid.save(path, quality=88)
 
 
 # --------------------------------------------------------------------------------------------------------------- main

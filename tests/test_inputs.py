@@ -12,7 +12,7 @@ MISTAKES = {
     "misspelled key": ({"train__lerning_rate": 1}, ["train.lerning_rate", "Did you mean train.learning_rate?"]),
     "wrong type": ({"train__learning_rate": "fast"}, ["train.learning_rate=fast", "could not convert"]),
     "does not divide": ({"sample__images_per_epoch": 9}, ["= 9", "train.updates_per_epoch = 2", "use 8 or 10"]),
-    "groups do not divide": ({"sample__images_per_prompt": 3}, ["sample.images_per_prompt = 3", "use 6 or 9"]),
+    "groups do not divide": ({"sample__images_per_prompt": 3}, ["sample.images_per_prompt = 3", "use 6 or 12"]),
     "no such model folder": ({"model": "./models/emojy"}, ["'./models/emojy'", "no such folder"]),
     "no such model": ({"model": "models/emojy"}, ["'models/emojy'", "could not be had from the hub"]),
     "not a model folder": ({"model": "ddpo"}, ["'ddpo'", "not a StableDiffusionPipeline folder"]),
@@ -21,9 +21,10 @@ MISTAKES = {
     "the peers' switch": ({"train__cfg": False}, ["train.cfg", "sample.guidance_scale"]),
     "no timestep left": ({"train__timestep_fraction": 0.1}, ["train.timestep_fraction = 0.1", "use 0.333 to 1"]),
     "no prompt file": ({"prompts": "nowhere/prompts.txt"}, ["nowhere/prompts.txt"]),
-    "nothing to resume": ({"resume": "runs/nowhere"}, ["nothing to resume", "runs/nowhere"]),
-    "unknown LoRA target": ({"lora_targets": "to_z"}, ["lora_targets to_z"]),
+    "nothing to resume": ({"resume": "runs/nowhere"}, ["nothing to resume", "runs/nowhere/config.json"]),
+    "unknown LoRA target": ({"lora_targets": "to_z"}, ["no module 'to_z'"]),
     "unknown tracker": ({"tracker": "mlflow"}, ["unknown tracker 'mlflow'", "wandb or tensorboard"]),
+    "statistics never used": ({"stats__min_count": 50}, ["stats.min_count = 50", "stats.buffer_size = 32"]),
     "negative rank": ({"lora_rank": -1}, ["lora_rank = -1", "at least 0"]),
 }
 
@@ -65,3 +66,10 @@ def test_mistakes_beside_the_config(tmp_path, arguments, message):
 def test_traceback_when_asked_for(tiny):
     result = launch(check=False, direct=True, env={"DDPO_TRACEBACK": "1"}, model=tiny, reward="nothing")
     assert "Traceback" in result.stderr
+
+
+def test_config_may_stand_behind_the_options_it_is_changed_by(tmp_path):
+    result = launch("--config.seed=1", "--config", "config/emoji.py:nonsense", check=False, direct=True)
+    assert "unknown variant 'nonsense'" in result.stderr
+    result = launch("--config.seed=1", check=False, direct=True, num_epochs=0)
+    assert "num_epochs = 0 must be at least 1" in result.stderr

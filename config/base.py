@@ -22,7 +22,7 @@ def get_config():
     config.save_every = 10  # epochs between checkpoints; the last epoch is always saved
     config.keep_checkpoints = 2  # older ones are removed; 0 keeps all
     config.grid_every = 5  # epochs between picture grids of the same prompts and noise; 0: only first and last
-    config.grid_images = 16
+    config.grid_images = 18
     config.threads = 0  # (memory) CPU threads a process; 0: cores / processes. For CPU runs only
 
     config.model = "CompVis/stable-diffusion-v1-4"  # hub name or folder of a StableDiffusionPipeline

@@ -20,7 +20,8 @@ def get_config(variant="compressibility"):
     config.model = "models/emoji"
     config.prompts = "common_animals"
     config.reward = choose("variant", task, REWARDS)
-    config.num_epochs = 20
+    config.num_epochs = 14
+    config.grid_every = 2
     config.sample.images_per_epoch = 128
     config.sample.batch_size = 64
     config.sample.num_steps = 10
@@ -31,8 +32,8 @@ def get_config(variant="compressibility"):
     if choose("method", method, {"": False, "full": False, "lora": True}):
         config.lora_rank = 16
         config.lora_targets = "to_q,to_k,to_v,to_out.0,proj,net.2,conv1,conv2"  # attention, feed-forward, convolutions
-        config.train.learning_rate = 3e-3
+        config.train.learning_rate = 5e-3
     else:
         config.lora_rank = 0
-        config.train.learning_rate = 4e-4
+        config.train.learning_rate = 3e-4
     return config

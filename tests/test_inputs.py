@@ -1,5 +1,7 @@
 """Mistakes users make: each ends, before any long work, with one line that says what is wrong and what to do."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from conftest import launch
 
@@ -29,17 +31,29 @@ MISTAKES = {
 }
 
 
+@pytest.fixture(scope="module")
+def outcomes(tiny, tmp_path_factory):
+    """{mistake: what the command line did}, two at a time: nearly all of each is Python's start."""
+    folder = tmp_path_factory.mktemp("mistakes")
+
+    def run(mistake):
+        options = {"model": tiny, "run_dir": folder / mistake.replace(" ", "-"), **MISTAKES[mistake][0]}
+        return launch(check=False, env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, direct=True, **options)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(MISTAKES, pool.map(run, MISTAKES))), folder
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(tiny, tmp_path, mistake):
-    options, fragments = MISTAKES[mistake]
-    options = {"model": tiny, "run_dir": tmp_path / "run", **options}
-    result = launch(check=False, env={"HF_HUB_OFFLINE": "1"}, direct=True, **options)
+def test_mistakes(outcomes, mistake):
+    (results, folder), fragments = outcomes, MISTAKES[mistake][1]
+    result = results[mistake]
     assert result.returncode != 0
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, result.stderr
     assert all(f in lines[0] for f in fragments), lines[0]
     assert "Traceback" not in result.stderr
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not list(folder.glob("*/metrics.jsonl"))
 
 
 def test_prompt_beyond_the_text_encoder(tiny, tmp_path):

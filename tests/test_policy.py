@@ -134,18 +134,27 @@ def test_sampler_equals_diffusers_pipeline(tiny):
     """Deterministic sampling with our sampler gives the pictures of StableDiffusionPipeline itself."""
     policy = load_policy(tiny, 0, "fp32", "cpu")
     policy.scheduler.set_timesteps(6)
-    shape = policy.latent_shape(52, 36)
-    assert shape == (4, 13, 9)  # odd: the UNet halves it all the same
+    shape = policy.latent_shape(40, 24)
+    assert shape == (4, 10, 6)
     prompts = ["a cat", "a dog"]
     noise = [torch.randn(7, *shape, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     ours = sample_with_logprob(policy, prompts, noise.__getitem__, guidance_scale=4.0, eta=0.0)
     latents = torch.stack([n[0] for n in noise])
     theirs = policy.pipe(
-        prompts, 52, 36, num_inference_steps=6, guidance_scale=4.0, eta=0.0, latents=latents, output_type="np"
+        prompts, 40, 24, num_inference_steps=6, guidance_scale=4.0, eta=0.0, latents=latents, output_type="np"
     ).images
     assert ours.latents.shape == (2, 7, *shape) and ours.log_probs.shape == (2, 6) and len(ours.timesteps) == 6
-    assert [i.size for i in ours.images] == [(36, 52)] * 2
+    assert [i.size for i in ours.images] == [(24, 40)] * 2
     np.testing.assert_allclose(np.stack([np.asarray(i) for i in ours.images]), theirs * 255, atol=1.01)
+
+
+def test_latents_of_odd_size(tiny):
+    policy = load_policy(tiny, 0, "fp32", "cpu")
+    policy.scheduler.set_timesteps(2)
+    shape = policy.latent_shape(52, 36)
+    assert shape == (4, 13, 9)  # the UNet halves it all the same
+    drawn = sample_with_logprob(policy, ["a cat"], lambda i: torch.randn(3, *shape), 5.0, 1.0)
+    assert drawn.images[0].size == (36, 52) and drawn.log_probs.isfinite().all()
 
 
 def test_sampling_does_not_depend_on_the_batch_size(tiny):

@@ -3,7 +3,7 @@ image classifier that no reward uses still names the animal.
 
     python -m scripts.evaluate --run runs/NAME
 
-For runs on the common animals. Writes RUN/evaluation.json.
+For runs on the common animals. Writes RUN/evaluation.json. --guidance_scale 2 asks what a policy trained without guidance draws with it.
 """
 
 import argparse
@@ -36,6 +36,8 @@ def main():
     parser.add_argument("--checkpoint", default="", help="a name in RUN/checkpoints; default: the newest")
     parser.add_argument("--count", type=int, default=4, help="pictures per animal")
     parser.add_argument("--seed", type=int, default=1_000_000, help="of the noise")
+    parser.add_argument("--guidance_scale", type=float, default=0, help="default: the run's")
+    parser.add_argument("--output", default="", help="default: RUN/evaluation.json")
     parser.add_argument("--classifier", default="models/emoji/classifier")
     args = parser.parse_args()
 
@@ -49,11 +51,12 @@ def main():
     def noise(i):
         return torch.randn(shape, generator=torch.Generator().manual_seed(args.seed + i))
 
-    result = {"pictures": len(texts)}
+    guidance_scale = args.guidance_scale or sample.guidance_scale
+    result = {"pictures": len(texts), "guidance_scale": guidance_scale}
     for name in ("base", "finetuned"):
         if name == "finetuned":
             load_weights(policy, folder)
-        options = (sample.guidance_scale, sample.eta, sample.batch_size)
+        options = (guidance_scale, sample.eta, sample.batch_size)
         pictures = sample_with_logprob(policy, texts, noise, *options, progress=name).images
         values, info = rewards.compute_rewards(reward, pictures, texts, [{}] * len(texts))
         named = named_animals(pictures, args.classifier)
@@ -63,7 +66,7 @@ def main():
             "classifier_accuracy": float(np.mean([a == b for a, b in zip(named, animals)])),
         }
     print(json.dumps(result, indent=1))
-    with open(os.path.join(args.run, "evaluation.json"), "w") as f:
+    with open(args.output or os.path.join(args.run, "evaluation.json"), "w") as f:
         json.dump(result, f, indent=1)
 
 

@@ -3,7 +3,8 @@ image classifier that no reward uses still names the animal.
 
     python -m scripts.evaluate --run runs/NAME
 
-For runs on the common animals. Writes RUN/evaluation.json. --guidance_scale 2 asks what a policy trained without guidance draws with it.
+For runs on the common animals. Writes RUN/evaluation.json. --guidance_scale 2 asks what a policy
+trained without guidance draws with it.
 """
 
 import argparse

@@ -21,7 +21,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, compute_snr
 from PIL import Image
@@ -41,6 +41,7 @@ from transformers import (
 )
 
 from ddpo import cpu_cores, emoji
+from scripts.make_random_model import make_scheduler
 
 MAX_TOKENS = 24  # the longest caption has 9
 VALIDATION_SEED = 1_000_000  # pictures drawn with this seed are never trained on
@@ -310,18 +311,6 @@ def text_config(tokenizer):
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def make_scheduler():
-    """Stable Diffusion's noise schedule."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
     )
 
 

@@ -37,6 +37,19 @@ SIZES = {
 }  # fmt: skip
 
 
+def make_scheduler(prediction_type="epsilon"):
+    """DDIM with Stable Diffusion's noise schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
 def make_random_model(size, folder, prediction_type="epsilon"):
     """Saves a StableDiffusionPipeline of one of SIZES to `folder`; returns the folder."""
     torch.manual_seed(0)
@@ -59,15 +72,7 @@ def make_random_model(size, folder, prediction_type="epsilon"):
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
             **unet,
         ),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-            prediction_type=prediction_type,
-        ),
+        scheduler=make_scheduler(prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -45,7 +45,7 @@ def draw_noise(shape, seed, epoch, index):
 
 def train(config, preset):
     # ------------------------------------------------------------------------------------------------------- set up
-    check(config, PartialState().num_processes)
+    check(config, PartialState(cpu=not torch.accelerator.is_available()).num_processes)
     run_dir = config.resume or config.run_dir or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = broadcast_object_list([run_dir])[0]  # clocks differ
     accelerator = Accelerator(log_with=config.tracker or None, project_dir=run_dir)

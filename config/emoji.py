@@ -15,7 +15,7 @@ from config.base import get_config as base
 from ddpo import choose
 
 TASKS = {  # name -> reward, the mean reward to stop at, and the method that did best
-    "compressibility": ("jpeg_compressibility", -1.64, "full"),  # beyond it the policy saves bytes on the animals
+    "compressibility": ("jpeg_compressibility", -1.65, "full"),  # beyond it the policy saves bytes on the animals
     "incompressibility": ("jpeg_incompressibility", math.inf, "full"),
 }
 
@@ -27,7 +27,7 @@ def get_config(variant="compressibility"):
     config.model = "models/emoji"
     config.prompts = "common_animals"
     config.reward, config.stop_reward, usual_method = choose("variant", task, TASKS)
-    config.num_epochs = 12
+    config.num_epochs = 16
     config.grid_every = 2
     config.sample.images_per_epoch = 128
     config.sample.batch_size = 64

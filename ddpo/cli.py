@@ -24,6 +24,7 @@ def run(train):
     """Parses the command line and calls train(config, preset name). An InputError ends it with its one line."""
 
     def main(_):
+        _check_launcher()
         config = CONFIG.value
         if config.resume:
             _take_options_of(config.resume, config)
@@ -45,6 +46,17 @@ def run(train):
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit("interrupted before the first epoch: there is nothing to save")
+
+
+def _check_launcher():
+    """accelerate 1.15.0 starts one process on a CPU, whatever --num_processes says, unless it is given MPI. It sets the
+    address where the others would meet all the same."""
+    several = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
+    if several and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & os.environ.keys():
+        raise InputError(
+            "accelerate launch starts only one process on a CPU, whatever --num_processes and --num_machines say: use "
+            "torchrun --nproc_per_node N train.py ..."
+        )
 
 
 def _given(argv):

@@ -1,6 +1,8 @@
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -27,21 +29,47 @@ SMALL = {  # a run of seconds
 }  # fmt: skip
 
 
-def command_line(*arguments, launcher=(), direct=False, script="train.py", **options):
-    """The real command line, accelerate launch train.py; or python train.py itself if `direct`, which starts sooner.
-    `a__b=c` stands for --config.a.b=c. `script` "tests/saboteur.py" is train.py with something broken."""
+def command_line(*arguments, processes=1, launcher=(), direct=False, script="train.py", **options):
+    """The real command line: accelerate launch train.py; torchrun for several processes, which accelerate launch does
+    not start on a CPU; or python train.py itself if `direct`. `a__b=c` stands for --config.a.b=c. `script`
+    "tests/saboteur.py" is train.py with something broken."""
     options = SMALL | {k.replace("__", "."): v for k, v in options.items()}
-    accelerate = ["-m", "accelerate.commands.launch", "--cpu", *(launcher or ("--num_processes", "1"))]
-    command = [sys.executable, *([] if direct else accelerate), script]
+    launcher = launcher or ("accelerate.commands.launch", "--cpu", "--num_processes", "1")
+    if processes > 1:
+        launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+    command = [sys.executable, *([] if direct else ("-m", *launcher)), script]
     return [*command, *arguments, *(f"--config.{k}={v}" for k, v in options.items())]
 
 
-def launch(*arguments, check=True, env=None, preexec_fn=None, **options):
+_server = None
+
+
+def run(command, env=None, file_limit=0):
+    """Runs a command to its end; `python train.py` by tests/forkserver.py, so without the time that imports take.
+    file_limit: bytes that no file may outgrow."""
+    global _server
+    env = env or {}
+    if command[1] not in ("train.py", "tests/saboteur.py"):
+        environment = {**os.environ, **env}
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    if _server is None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        _server = subprocess.Popen(
+            [sys.executable, "tests/forkserver.py"], cwd=ROOT, text=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "stdout"), Path(folder, "stderr")
+        request = {"script": command[1], "arguments": [str(a) for a in command[2:]], "env": env}
+        request |= {"stdout": str(out), "stderr": str(err), "file_limit": file_limit}
+        print(json.dumps(request), file=_server.stdin, flush=True)
+        code = int(_server.stdout.readline())
+        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+
+
+def launch(*arguments, check=True, env=None, file_limit=0, **options):
     """Runs `command_line(...)` to its end."""
-    result = subprocess.run(
-        command_line(*arguments, **options), cwd=ROOT, capture_output=True, text=True, preexec_fn=preexec_fn,
-        env={**os.environ, **(env or {})},
-    )  # fmt: skip
+    result = run(command_line(*arguments, **options), env, file_limit)
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result

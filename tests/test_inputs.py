@@ -1,7 +1,5 @@
 """Mistakes users make: each ends, before any long work, with one line that says what is wrong and what to do."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 from conftest import launch
 
@@ -28,20 +26,53 @@ MISTAKES = {
     "unknown tracker": ({"tracker": "mlflow"}, ["unknown tracker 'mlflow'", "wandb or tensorboard"]),
     "statistics never used": ({"stats__min_count": 50}, ["stats.min_count = 50", "stats.buffer_size = 32"]),
     "negative rank": ({"lora_rank": -1}, ["lora_rank = -1", "at least 0"]),
+    "no precision": ({"precision": ""}, ["unknown precision ''", "fp32, tf32, bf16, fp16"]),
+    "no update": ({"train__updates_per_epoch": 0}, ["train.updates_per_epoch = 0", "at least 1"]),
+    "no batch": ({"train__batch_size": 0}, ["train.batch_size = 0", "at least 1"]),
+    "clip range 0": ({"train__clip_range": 0.0}, ["train.clip_range = 0.0", "greater than 0"]),
+    "guidance below 1": ({"sample__guidance_scale": 0.5}, ["sample.guidance_scale = 0.5", "at least 1"]),
+    "more than all timesteps": ({"train__timestep_fraction": 1.5}, ["train.timestep_fraction = 1.5", "0.333 to 1"]),
+    "a size that cannot be drawn": ({"sample__width": 30}, ["sample.width = 30", "use 28 or 32"]),
+    "a file for a model": ({"model": "./README.md"}, ["'./README.md'", "no such folder"]),
+    "an empty prompt file": ({"prompts": "FOLDER/empty.txt"}, ["empty.txt", "no prompt"]),
+    "an overlong prompt": ({"prompts": "FOLDER/long.txt"}, ["the prompt 'a very long", "the text encoder takes 24"]),
+    "an empty folder to resume": ({"resume": "FOLDER/empty"}, ["nothing to resume", "empty/config.json"]),
+    "a damaged config to resume": ({"resume": "FOLDER/damaged"}, ["damaged/config.json does not fit"]),
+    "misspelled in a preset": ({"preset": "train.lerning_rate = 1.0"}, ["lerning_rate", "Did you mean learning_rate?"]),
+    "wrong type in a preset": ({"preset": 'train.learning_rate = "fast"'}, ["learning_rate", "cannot be casted"]),
+    "one NaN reward": ({"sabotage": "one NaN"}, ["returned nan for the prompt 'a"]),
+    "all rewards NaN": ({"sabotage": "all NaN"}, ["returned nan for the prompt 'a"]),
+    "an infinite reward": ({"sabotage": "infinite"}, ["returned inf for the prompt 'a"]),
+    "too few rewards": ({"sabotage": "too few"}, ["returned shape (7,) for 8 images"]),
+    "a reward without info": ({"sabotage": "not a pair"}, ["must return a pair (rewards, info dict), not list"]),
+    "a reward of words": ({"sabotage": "text"}, ["must return numbers"]),
+    "a reward that raises": ({"sabotage": "raises"}, ["reward raises raised ZeroDivisionError: oh no"]),
 }
 
 
 @pytest.fixture(scope="module")
 def outcomes(tiny, tmp_path_factory):
-    """{mistake: what the command line did}, two at a time: nearly all of each is Python's start."""
+    """{mistake: what the command line did}."""
     folder = tmp_path_factory.mktemp("mistakes")
+    (folder / "empty").mkdir()
+    (folder / "damaged").mkdir()
+    (folder / "damaged/config.json").write_text('{"seed": ')
+    (folder / "empty.txt").write_text("\n")
+    (folder / "long.txt").write_text(f"a cat\n\n{OVERLONG}\n")
 
     def run(mistake):
         options = {"model": tiny, "run_dir": folder / mistake.replace(" ", "-"), **MISTAKES[mistake][0]}
-        return launch(check=False, env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, direct=True, **options)
+        options = {k: v.replace("FOLDER", str(folder)) if isinstance(v, str) else v for k, v in options.items()}
+        if line := options.pop("preset", None):
+            preset = folder / f"{len(line)}.py"
+            lines = ("from config.base import get_config as base", "def get_config():", "    config = base()")
+            preset.write_text("\n".join([*lines, f"    config.{line}", "    return config"]))
+            return launch("--config", str(preset), check=False, direct=True, **options)
+        if sabotage := options.pop("sabotage", None):
+            options |= {"reward": "sabotaged", "script": "tests/saboteur.py", "env": {"SABOTAGE": sabotage}}
+        return launch(check=False, direct=True, **options)
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(MISTAKES, pool.map(run, MISTAKES))), folder
+    return {mistake: run(mistake) for mistake in MISTAKES}, folder
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -54,12 +85,6 @@ def test_mistakes(outcomes, mistake):
     assert all(f in lines[0] for f in fragments), lines[0]
     assert "Traceback" not in result.stderr
     assert not list(folder.glob("*/metrics.jsonl"))
-
-
-def test_prompt_beyond_the_text_encoder(tiny, tmp_path):
-    (tmp_path / "prompts.txt").write_text(f"a cat\n\n{OVERLONG}\n")
-    result = launch(check=False, direct=True, model=tiny, prompts=tmp_path / "prompts.txt", run_dir=tmp_path / "run")
-    assert "error: the prompt 'a very long" in result.stderr and "the text encoder takes 24" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -120,7 +119,7 @@ def test_memory_knobs_change_nothing(tiny, tmp_path, monkeypatch, rank):
 # --------------------------------------------------------------------------------------------------------- processes
 def test_four_processes_equal_one(tiny, tmp_path, alone):
     run = tmp_path / "run"
-    launch(model=tiny, run_dir=run, train__learning_rate=1e-3, launcher=("--num_processes", "4"))
+    launch(model=tiny, run_dir=run, train__learning_rate=1e-3, processes=4)
     assert_same_run(run, alone)
 
 
@@ -129,14 +128,20 @@ def test_two_processes_save_and_one_resumes(tiny, tmp_path, alone):
     for first, second in ((2, 1), (1, 2)):
         run = tmp_path / f"{first}{second}"
         options = {"model": tiny, "train__learning_rate": 1e-3, "save_every": 1}
-        launch(run_dir=run, num_epochs=1, launcher=("--num_processes", str(first)), **options)
-        launch(resume=run, launcher=("--num_processes", str(second)), **options)
+        launch(run_dir=run, num_epochs=1, processes=first, **options)
+        launch(resume=run, processes=second, **options)
         assert_same_run(run, alone)
+
+
+def test_a_launcher_that_starts_one_process_where_two_are_asked_for(tiny, tmp_path):
+    launcher = ("accelerate.commands.launch", "--cpu", "--quiet", "--num_processes", "2")
+    result = launch(model=tiny, run_dir=tmp_path / "run", launcher=launcher, check=False)
+    assert result.returncode != 0 and "error: accelerate launch starts only one process on a CPU" in result.stderr
 
 
 def test_processes_that_drift_apart_are_named(tiny, tmp_path):
     result = launch(
-        model=tiny, run_dir=tmp_path / "run", script="tests/saboteur.py", launcher=("--num_processes", "2"),
+        model=tiny, run_dir=tmp_path / "run", script="tests/saboteur.py", processes=2,
         env={"SABOTAGE": "ranks drift apart"}, check=False,
     )  # fmt: skip
     assert result.returncode != 0
@@ -169,8 +174,8 @@ def two_machines():
 def test_two_machines_equal_one(tiny, tmp_path, alone, two_machines):
     run, processes = tmp_path / "run", []
     for rank, (interface, prefix) in enumerate(two_machines.items()):
-        launcher = ("--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank))
-        launcher += ("--main_process_ip", "10.77.0.1", "--main_process_port", "29577", "--rdzv_backend", "static")
+        launcher = ("torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank))
+        launcher += ("--master_addr", "10.77.0.1", "--master_port", "29577")
         command = command_line(model=tiny, run_dir=run, train__learning_rate=1e-3, launcher=launcher)
         env = {**os.environ, "GLOO_SOCKET_IFNAME": interface}
         processes.append(subprocess.Popen([*prefix, *command], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
@@ -237,10 +242,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tiny, tmp_path):
     smallest = min(f.stat().st_size for f in (run / "checkpoints/epoch_0001").rglob("*.*"))
     largest = max(f.stat().st_size for f in (run / "checkpoints/epoch_0001").rglob("*.*"))
     limit = (smallest + largest) // 2
-    result = launch(
-        resume=run, model=tiny, grid_every=0, num_epochs=2, direct=True, check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
+    result = launch(resume=run, model=tiny, grid_every=0, num_epochs=2, direct=True, check=False, file_limit=limit)
     assert result.returncode == 1 and "error: the checkpoint after epoch 1 could not be written" in result.stderr
     assert f"The last good one is {run}/checkpoints/epoch_0001" in result.stderr
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["epoch_0001"]

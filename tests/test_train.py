@@ -83,19 +83,19 @@ def reference(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "options, launcher",
+    "options, processes",
     [
-        ({"sample__batch_size": 3, "train__batch_size": 1}, ()),
-        ({"sample__batch_size": 8, "train__batch_size": 16}, ()),
-        ({"sample__batch_size": 1}, ("--num_processes", "2")),
+        ({"sample__batch_size": 3, "train__batch_size": 1}, 1),
+        ({"sample__batch_size": 8, "train__batch_size": 16}, 1),
+        ({"sample__batch_size": 1}, 2),
     ],
     ids=["batches of 3 and 1", "batches of 8 and 16", "two processes"],
 )
-def test_memory_knobs_and_processes_change_nothing(tiny, tmp_path, reference, options, launcher):
+def test_memory_knobs_and_processes_change_nothing(tiny, tmp_path, reference, options, processes):
     """Adam's first steps are lr * sign(g), so a gradient near 0 may turn a rounding error into a step of 2 lr: the
     rewards and gradients are compared tightly, the weights by their norm."""
     run = tmp_path / "run"
-    launch(model=tiny, run_dir=run, train__learning_rate=1e-3, launcher=launcher, **options)
+    launch(model=tiny, run_dir=run, train__learning_rate=1e-3, processes=processes, **options)
     for ours, theirs in zip(metrics(run), metrics(reference), strict=True):
         for key in ("reward_mean", "reward_std", "grad_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key

@@ -1,0 +1,36 @@
+"""Starts train.py many times but imports torch, diffusers and the rest once: that takes far longer than most tests.
+
+Reads one JSON request per line: {"script", "arguments", "env", "stdout", "stderr", "file_limit"}. For each it forks;
+the child becomes `python SCRIPT ARGUMENTS` and ends as that would. Answers with the exit code. This process itself
+computes nothing, so that nothing (threads, random state) is inherited.
+"""
+
+import json
+import os
+import resource
+import runpy
+import sys
+
+import accelerate  # noqa: F401
+import diffusers.loaders  # noqa: F401
+import peft  # noqa: F401
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+
+import train  # noqa: F401
+
+while line := sys.stdin.readline():
+    request = json.loads(line)
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, path in ((1, request["stdout"]), (2, request["stderr"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(request["env"])
+    if request["file_limit"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
+    sys.argv = [request["script"], *request["arguments"]]
+    runpy.run_path(request["script"], run_name="__main__")
+    break

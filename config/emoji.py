@@ -15,7 +15,10 @@ from ddpo import choose
 TASKS = {  # name -> reward, and the method that did best
     "compressibility": ("jpeg_compressibility", "lora"),
     "incompressibility": ("jpeg_incompressibility", "full"),
+    "aesthetic": ("learned:results/preferences/reward-500-seed0", "lora"),  # from 500 choices: see there
+    "alignment": ("clipscore:models/emoji/clip", "lora"),
 }
+PROMPTS = {"alignment": "animal_activities"}  # name -> prompt set, where it is not common_animals
 
 
 def get_config(variant="compressibility"):
@@ -23,8 +26,8 @@ def get_config(variant="compressibility"):
     task, _, method = variant.partition(",")
     config = base()
     config.model = "models/emoji"
-    config.prompts = "common_animals"
     config.reward, usual_method = choose("variant", task, TASKS)
+    config.prompts = PROMPTS.get(task, "common_animals")
     config.grid_every = 2
     config.sample.images_per_epoch = 128
     config.sample.batch_size = 64

@@ -59,7 +59,10 @@ def load_vlm(what, model, device="cpu", precision="fp32", batch_size=32, vlm_nam
     """
     if model.startswith(("http://", "https://")):
         address = model.rstrip("/")
-        vlm_name = vlm_name or first_model(what, address, timeout)
+        listed = list_models(what, address, timeout)
+        if not (vlm_name or listed):
+            raise InputError(f"{what}: {address} lists no model: name one with --config.reward_options.vlm_name")
+        vlm_name = vlm_name or listed[0]
         return functools.partial(ask_server, what, address, vlm_name, timeout, concurrency)
     dtype = choose("reward_options.precision", precision, DTYPES)
     try:
@@ -120,17 +123,18 @@ def ask_server(what, address, model, timeout, concurrency, images, questions):
             raise
 
 
-def first_model(what, address, timeout):
-    """The name of the first model that a server lists; also the proof that it is there before any sampling."""
+def list_models(what, address, timeout):
+    """The names of a server's models; also the proof, before any sampling, that it is there and takes the key."""
     try:
-        listed = request_json(f"{address}/models", None, timeout, attempts=1)["data"]
+        return [model["id"] for model in request_json(f"{address}/models", None, timeout, attempts=1)["data"]]
+    except urllib.error.HTTPError as error:
+        if error.code in (404, 405, 500, 501):  # it is there, but does not list
+            return []
+        raise InputError(f"{what}: {address} refuses: {describe(error)}. Its key goes in OPENAI_API_KEY") from error
     except OSError as error:
-        raise InputError(f"{what}: no server at {address} ({describe(error)}). It is given up to /v1") from error
+        raise InputError(f"{what}: no server at {address} ({describe(error)}). Give its address up to /v1") from error
     except (KeyError, TypeError) as error:
         raise InputError(f"{what}: {address}/models does not list models as OpenAI's interface does") from error
-    if not listed:
-        raise InputError(f"{what}: {address} lists no model: give its name with --config.reward_options.vlm_name")
-    return listed[0]["id"]
 
 
 def request_json(url, body, timeout, attempts=ATTEMPTS):
@@ -222,13 +226,13 @@ def load_counting(model, device, options):
 
 
 _english = inflect.engine()
-_NUMBERS = {_english.number_to_words(n): str(n) for n in range(21)}
+_NUMBERS = {_english.number_to_words(n): str(n) for n in range(100)}
 
 
 def is_right(answer, expected):
     """Whether an answer contains the expected word, as a word of its own: "cat" is not in "cattle". The plural will do,
     and digits for a number; a number beside others ("two or three") will not."""
-    words = re.findall(r"[a-z]+|\d+", answer.lower())
+    words = re.findall(r"[a-z]+(?:-[a-z]+)?|\d+", answer.lower())
     if expected in _NUMBERS:
         numbers = {_NUMBERS.get(word, word) for word in words if word in _NUMBERS or word.isdigit()}
         return numbers == {_NUMBERS[expected]}

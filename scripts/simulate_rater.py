@@ -78,7 +78,8 @@ def main():
     parser.add_argument("--count", type=int, default=500, help="choose: pairs; rate: pictures; measure: per animal")
     parser.add_argument("--seed", type=int, default=0, help="of the rater's noise; measure: of the pictures")
     parser.add_argument("--output", default="", help="default: PAIRS/choices.jsonl, PAIRS/ratings.csv, RUN/taste.json")
-    parser.add_argument("--run", default="")
+    parser.add_argument("--run", default="", help="measure: a run's folder")
+    parser.add_argument("--checkpoint", default="", help="measure: a name in RUN/checkpoints; default: the newest")
     args = parser.parse_args()
     if args.what == "measure":
         return measure(args)
@@ -118,7 +119,7 @@ def main():
 def measure(args):
     """The true taste, its parts, the tiny CLIP's alignment and the classifier's verdict on the same prompts and noise
     before and after a run. Writes RUN/taste.json, and RUN/images/taste.png with the first noise of some animals."""
-    config, policy, folder = open_run(args.run)
+    config, policy, folder = open_run(args.run, args.checkpoint)
     sample = config.sample
     texts = [prompt for prompt, _ in prompts.common_animals()] * args.count
     shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))

@@ -14,7 +14,10 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from config.base import get_config
+from ddpo.policy import load_policy
 from ddpo.reward_model import read_choices, read_jsonl
+from scripts.annotate import draw_pairs
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -174,17 +177,16 @@ def test_the_server_without_a_browser(pictures, tmp_path):
 
 
 def test_pairs_of_a_model_can_be_enlarged(tiny, tmp_path):
-    """Pairs 0 to 2, then 3 and 4 in another run: the same as 0 to 4 at once."""
-    common = [sys.executable, "-m", "scripts.annotate", "--model", tiny, "--prompts", "a cat", "a dog", "--draw_only"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for output, counts in (("once", [5]), ("twice", [3, 5])):
-        for count in counts:
-            command = [*common, "--output", str(tmp_path / output), "--pairs", str(count)]
-            subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=env)
+    """Pairs 0 to 2, then 3 and 4: the same as 0 to 4 at once. Two pictures of a pair differ."""
+    policy, sample = load_policy(tiny, 0, "fp32", "cpu"), get_config().sample
+    sample.num_steps = 3
+    policy.scheduler.set_timesteps(3)
+    for output, counts in (("once", [0, 5]), ("twice", [0, 3, 5])):
+        for first, count in zip(counts, counts[1:]):
+            draw_pairs(policy, [("a cat", {}), ("a dog", {})], tmp_path / output, first, count, sample)
     once, twice = (read_jsonl(tmp_path / name / "pairs.jsonl") for name in ("once", "twice"))
-    assert once == twice and len(once) == 5 and {p["prompt"] for p in once} == {"a cat", "a dog"}
+    assert once == twice and [p["pair"] for p in once] == list(range(5))
     for name in [name for pair in once for name in pair["images"]]:
         a, b = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in ("once", "twice"))
         assert abs(a - b).max() <= 1  # batches are composed otherwise, which moves the last bits
-    pictures = {Image.open(tmp_path / "once" / n).tobytes() for p in once for n in p["images"]}
-    assert len(pictures) == 10
+    assert len({Image.open(tmp_path / "once" / n).tobytes() for p in once for n in p["images"]}) == 10

@@ -2,6 +2,7 @@
 
     python -m scripts.simulate_rater choose --pairs runs/pairs --count 500      (votes, in scripts.annotate's format)
     python -m scripts.simulate_rater rate --pairs runs/pairs --count 500        (scores 1 to 10, as CSV)
+    python -m scripts.simulate_rater check --pairs runs/pairs --first 1500 --count 600 --rewards learned:FOLDER ...
     python -m scripts.simulate_rater measure --run runs/NAME                    (the true taste before and after a run)
 
 The reward model sees the votes, never `taste`. The pairs come from `scripts.annotate --draw_only`. The rater is noisy
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from ddpo import InputError, prompts, rewards
@@ -72,10 +74,13 @@ def choose(difference, rng):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("choose", "rate", "measure"))
+    parser.add_argument("what", choices=("choose", "rate", "check", "measure"))
     parser.add_argument("--pairs", default="", help="a folder with pairs.jsonl")
     parser.add_argument("--first", type=int, default=0, help="the first pair that is judged")
-    parser.add_argument("--count", type=int, default=500, help="choose: pairs; rate: pictures; measure: per animal")
+    parser.add_argument(
+        "--count", type=int, default=500, help="choose: pairs; rate, check: pictures; measure: per animal"
+    )
+    parser.add_argument("--rewards", nargs="+", default=[], help="check: what is compared with the taste")
     parser.add_argument("--seed", type=int, default=0, help="of the rater's noise; measure: of the pictures")
     parser.add_argument("--output", default="", help="default: PAIRS/choices.jsonl, PAIRS/ratings.csv, RUN/taste.json")
     parser.add_argument("--run", default="", help="measure: a run's folder")
@@ -89,9 +94,16 @@ def main():
     if len(pairs) < needed:
         raise InputError(f"{folder} has {len(pairs)} pairs from {args.first} on, and {needed} are needed")
     rng = np.random.default_rng((args.seed, 4))
-    likes = {
-        n: taste(Image.open(folder / n))["taste"] for pair in tqdm(pairs[:needed], "looking") for n in pair["images"]
-    }
+    names = [name for pair in pairs[:needed] for name in pair["images"]]
+    likes = {name: taste(Image.open(folder / name))["taste"] for name in tqdm(names, "looking")}
+    if args.what == "check":
+        pictures = [Image.open(folder / name) for name in names[: args.count]]
+        texts = [pair["prompt"] for pair in pairs[:needed] for _ in range(2)][: args.count]
+        for reward in args.rewards:
+            values, _ = rewards.get_reward(reward)(pictures, texts, [{}] * len(texts))
+            rho = spearmanr(values, list(likes.values())[: args.count]).statistic
+            print(f"{reward}: rank correlation with the taste {rho:.3f} on {len(pictures)} pictures")
+        return
     if args.what == "rate":
         output = args.output or folder / "ratings.csv"
         with open(output, "w", newline="") as f:

@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from config.base import check
-from ddpo import InputError, choose, cli, cpu_cores, prompts, rewards
+from ddpo import InputError, choose, cli, guards, prompts, rewards, use_cpu
 from ddpo.checkpoint import load_checkpoint, save_checkpoint, truncate_metrics
 from ddpo.ddim_logprob import ddim_step_with_logprob
 from ddpo.losses import ALGORITHMS
@@ -56,11 +56,10 @@ def train(config, preset):
     prompt_set = prompts.get_prompts(config.prompts)
 
     device = accelerator.device
-    if device.type == "cpu":  # `accelerate launch` allows one thread; more than cores / processes would be far slower
-        threads = config.threads or max(1, cpu_cores() // processes)
-        torch.set_num_threads(threads)
-        torch.set_flush_denormal(True)
-        accelerator.print(f"no GPU: {processes} process(es) with {threads} CPU thread(s) each")
+    if device.type == "cpu":
+        accelerator.print(
+            f"no GPU: {processes} process(es) with {use_cpu(config.threads, processes)} CPU thread(s) each"
+        )
     targets = config.lora_targets.replace(" ", "").split(",")
     policy = load_policy(config.model, config.lora_rank, config.precision, device, targets, config.seed)
     if opt.gradient_checkpointing:
@@ -82,13 +81,20 @@ def train(config, preset):
     share = per_update // processes  # of which this process has so many
     mine = [u * per_update + rank * share + k for u in range(updates) for k in range(share)]
     trained_steps = round(opt.timestep_fraction * sample.num_steps)
+    # In half precision a batch composed otherwise gives other roundings, and they would look like a changed policy.
+    alike = sample.batch_size == opt.batch_size and share % opt.batch_size == 0
+    recompute = config.precision != "fp32" and not alike
 
     first_epoch = 0
     if config.resume:
         first_epoch = load_checkpoint(run_dir, policy, optimizer, scaler, tracker)
-    elif os.path.exists(os.path.join(run_dir, "metrics.jsonl")):
+        if first_epoch >= config.num_epochs:
+            raise InputError(
+                f"{run_dir} has done {first_epoch} epochs: to go on, --config.num_epochs={2 * first_epoch}"
+            )
+    elif accelerator.is_main_process and os.path.exists(os.path.join(run_dir, "metrics.jsonl")):
         raise InputError(f"{run_dir} holds a run: continue it with --config.resume={run_dir}, or choose another folder")
-    accelerator.wait_for_everyone()  # no process may find this run's own files above
+    guards.check_processes_agree(accelerator, parameters, first_epoch)
     if accelerator.is_main_process:
         start_run(run_dir, config)
         truncate_metrics(run_dir, first_epoch)
@@ -100,19 +106,23 @@ def train(config, preset):
         f"epochs {first_epoch} to {config.num_epochs - 1}, each {sample.images_per_epoch} images of {sample.num_steps} "
         f"steps, {updates * opt.inner_epochs} updates of {per_update} x {trained_steps} transitions"
     )
+    if recompute:
+        accelerator.print(
+            f"{config.precision}: sample.batch_size and train.batch_size compose batches differently, so old log-probs "
+            f"are computed again, which takes a forward pass. Equal sizes that divide {share} spare it"
+        )
 
     def draw_grid(epoch):
-        """The same prompts and noise under the current weights, on the main process."""
-        if not accelerator.is_main_process:
-            return
-        count = min(config.grid_images, len(prompt_set))
-        texts = [prompt_set[i * len(prompt_set) // count][0] for i in range(count)]
-        pictures = sample_with_logprob(
-            policy, texts, lambda i: draw_noise(noise_shape, config.seed, GRID, i), sample.guidance_scale, sample.eta,
-            sample.batch_size, progress="grid",
-        ).images  # fmt: skip
-        image_grid(pictures, texts).save(os.path.join(run_dir, "images", f"epoch_{epoch:04d}.png"))
+        """Pictures of the same prompts and noise in every epoch, on the main process."""
+        if accelerator.is_main_process:
+            texts = [prompt for prompt, _ in prompt_set[:: max(1, len(prompt_set) // config.grid_images)]]
+            pictures = sample_with_logprob(
+                policy, texts[: config.grid_images], lambda i: draw_noise(noise_shape, config.seed, GRID, i),
+                sample.guidance_scale, sample.eta, sample.batch_size, progress="grid",
+            ).images  # fmt: skip
+            image_grid(pictures, texts).save(os.path.join(run_dir, "images", f"epoch_{epoch:04d}.png"))
 
+    interrupt = guards.Interrupt()
     if first_epoch == 0:
         draw_grid(0)
     epochs = tqdm(range(first_epoch, config.num_epochs), "epochs", config.num_epochs, initial=first_epoch,
@@ -124,20 +134,29 @@ def train(config, preset):
         group = sample.images_per_prompt
         drawn = [draw_prompt(prompt_set, config.seed, epoch, i - i % group) for i in mine]
         my_prompts, my_metadata = [p for p, _ in drawn], [m for _, m in drawn]
-        images, latents, old_log_probs, timesteps = sample_with_logprob(
+        trajectories = sample_with_logprob(
             policy, my_prompts, lambda k: draw_noise(noise_shape, config.seed, epoch, mine[k]), sample.guidance_scale,
             sample.eta, sample.batch_size, progress="sampling" if accelerator.is_main_process else None,
+            stop=lambda: interrupt.any(accelerator),
         )  # fmt: skip
-
+        if trajectories is None:  # interrupted: no weight has changed since the last epoch, which is saved below
+            break
+        images, latents, old_log_probs, timesteps = trajectories
         if not latents.isfinite().all():
             raise InputError(f"epoch {epoch}: the network's output is not finite. Try precision bf16 or fp32")
 
         # ----------------------------------------------------------------------------------- rewards and advantages
-        my_rewards, reward_info = rewards.compute_rewards(reward_fn, images, my_prompts, my_metadata)
+        my_rewards, reward_info = rewards.compute_rewards(
+            reward_fn, images, my_prompts, my_metadata, config.reward_timeout
+        )
         # Every process sees the whole round, in the order of the sample indices, and computes the same advantages.
         whole = sorted(gather_object(list(zip(mine, my_prompts, my_rewards.tolist()))))
         all_rewards = np.array([reward for _, _, reward in whole])
         advantages = tracker.update([prompt for _, prompt, _ in whole], all_rewards)
+        if np.ptp(all_rewards) == 0:
+            accelerator.print(
+                f"warning: epoch {epoch}: {config.reward} is {all_rewards[0]:g} for all: nothing to learn"
+            )
         advantages = np.clip(advantages, -opt.advantage_clip, opt.advantage_clip)[mine]
         advantages = torch.as_tensor(advantages, dtype=torch.float32, device=device)
 
@@ -146,17 +165,31 @@ def train(config, preset):
         totals, ratio_error, grad_norms = {}, torch.zeros((), device=device), []
         bar = tqdm(total=len(mine) * trained_steps * opt.inner_epochs, desc="training", unit="step", leave=False,
                    disable=not accelerator.is_main_process)  # fmt: skip
-        for inner, update in np.ndindex(opt.inner_epochs, updates):
-            # All transitions of the update, timestep by timestep: batches are then composed as in sampling. Deviation
-            # from the port: a subset of the timesteps is drawn per update, not per sample.
+
+        def transitions(inner, update, batch_size):
+            """Batches of (sample, step) indices of all transitions of an update, timestep by timestep: they are then
+            composed as in sampling. Deviation from the port: timesteps are left out per update, not per sample."""
             steps_rng = np.random.default_rng((config.seed, epoch, inner, update, 3))
             steps = np.sort(steps_rng.choice(sample.num_steps, trained_steps, replace=False))
             rows = torch.arange(update * share, (update + 1) * share, device=device).repeat(trained_steps)
             columns = torch.as_tensor(steps, device=device).repeat_interleave(share)
-            for row, column in zip(rows.split(opt.batch_size), columns.split(opt.batch_size)):
-                x_t, x_next, t = latents[row, column], latents[row, column + 1], timesteps[column]
-                output = predict_noise(policy, x_t, t, prompt_embeds[row], negative_embeds, sample.guidance_scale)
-                _, log_prob = ddim_step_with_logprob(policy.scheduler, output, t, x_t, sample.eta, prev_sample=x_next)
+            return zip(rows.split(batch_size), columns.split(batch_size))
+
+        def log_prob_of(row, column):
+            """log p_theta(x_{t-1} | x_t) of transitions under the current weights."""
+            x_t, x_next, t = latents[row, column], latents[row, column + 1], timesteps[column]
+            output = predict_noise(policy, x_t, t, prompt_embeds[row], negative_embeds, sample.guidance_scale)
+            return ddim_step_with_logprob(policy.scheduler, output, t, x_t, sample.eta, prev_sample=x_next)[1]
+
+        if recompute:
+            with torch.no_grad():
+                for update in range(updates):
+                    for row, column in transitions(0, update, opt.batch_size):
+                        old_log_probs[row, column] = log_prob_of(row, column)
+
+        for inner, update in np.ndindex(opt.inner_epochs, updates):
+            for row, column in transitions(inner, update, opt.batch_size):
+                log_prob = log_prob_of(row, column)
                 loss, info = algorithm(log_prob, old_log_probs[row, column], advantages[row], opt)
                 # Summed over the processes' batches, this is the mean over the update's transitions.
                 scaler.scale(loss.sum() / (per_update * trained_steps)).backward()
@@ -173,10 +206,18 @@ def train(config, preset):
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, opt.max_grad_norm)
             if torch.isfinite(grad_norm):
                 grad_norms.append(float(grad_norm))
-            elif not scaler.is_enabled():  # fp16 overflows now and then: the scaler skips the step and scales less
+            elif not scaler.is_enabled() or not totals["loss"].isfinite() or scaler.get_scale() < 1:
+                # (fp16's gradient overflows now and then: the scaler then skips the step and scales less.)
+                for row, column in transitions(inner, update, 1):
+                    optimizer.zero_grad()
+                    loss, _ = algorithm(log_prob_of(row, column), old_log_probs[row, column], advantages[row], opt)
+                    loss.sum().backward()
+                    if not all(p.grad.isfinite().all() for p in parameters if p.grad is not None):
+                        break
                 raise InputError(
-                    f"the gradient is {grad_norm} at epoch {epoch}, update {update}: stopped before it reached "
-                    "the weights. A lower learning rate may help"
+                    f"epoch {epoch}, update {update}: the gradient is not finite at timestep {int(timesteps[column])} "
+                    f"of {my_prompts[row]!r} (loss {float(loss):.4g}). Stopped before it reached the weights; a lower "
+                    "train.learning_rate or a higher precision may help"
                 )
             scaler.step(optimizer)
             scaler.update()
@@ -184,6 +225,7 @@ def train(config, preset):
         bar.close()
 
         # --------------------------------------------------------------------------------------------- log and save
+        guards.check_processes_agree(accelerator, parameters, epoch + 1)
         transitions = sample.images_per_epoch * trained_steps * opt.inner_epochs
         infos = gather_object([{key: float(value.sum()) for key, value in reward_info.items()}])
         seconds = time.time() - start
@@ -199,18 +241,28 @@ def train(config, preset):
             "ratio_error": float(accelerator.gather(ratio_error).max()),
             "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0,
         }
-        last = epoch + 1 == config.num_epochs
+        last = epoch + 1 == config.num_epochs or metrics["reward_mean"] >= config.stop_reward
         if accelerator.is_main_process:
             log_metrics(accelerator, run_dir, metrics)
             shown = ("reward_mean", "reward_std", "approx_kl", "clip_fraction", "ratio_error", "grad_norm", "seconds")
             tqdm.write(f"epoch {epoch:3d}  " + "  ".join(f"{k} {metrics[k]:.4g}" for k in shown if k in metrics))
-            if last or (epoch + 1) % config.save_every == 0:
-                save_checkpoint(run_dir, epoch + 1, policy, optimizer, scaler, tracker, config.keep_checkpoints)
+            if metrics["ratio_error"] > opt.clip_range:
+                tqdm.write(guards.RATIO_WARNING.format(metrics["ratio_error"], opt.clip_range))
         if last or (config.grid_every and (epoch + 1) % config.grid_every == 0):
             draw_grid(epoch + 1)
+        if accelerator.is_main_process and (last or (epoch + 1) % config.save_every == 0):
+            save_checkpoint(run_dir, epoch + 1, policy, optimizer, scaler, tracker, config.keep_checkpoints)
         accelerator.wait_for_everyone()
-        del images, latents, prompt_embeds  # before the next round's are made
+        trajectories = images = latents = prompt_embeds = None  # room for the next round's
+        if last:
+            break
+    epochs.close()
+    if interrupt.stopped and accelerator.is_main_process:
+        save_checkpoint(run_dir, epoch, policy, optimizer, scaler, tracker, config.keep_checkpoints)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
+    if interrupt.stopped:
+        interrupt.exit(f"saved after {epoch} epochs. To go on: accelerate launch train.py --config.resume={run_dir}")
     accelerator.print(
         f"done: {run_dir} holds metrics.jsonl, images/ and checkpoints/.\n"
         f'Base and finetuned side by side: python -m scripts.sample --run {run_dir} --prompts "a cat"'

@@ -18,6 +18,7 @@ def get_config():
     config.resume = ""  # a run's folder, to go on from its newest checkpoint
     config.seed = 0  # (seed, epoch, sample) determines each prompt and all noise
     config.num_epochs = 100  # rounds of sampling and updating
+    config.stop_reward = math.inf  # ends the run after a round whose mean reward reaches this
     config.tracker = ""  # "wandb" or "tensorboard", beside metrics.jsonl
     config.save_every = 10  # epochs between checkpoints; the last epoch is always saved
     config.keep_checkpoints = 2  # older ones are removed; 0 keeps all
@@ -31,6 +32,7 @@ def get_config():
     config.precision = "fp32"  # of the network: fp32, tf32, bf16, fp16. Trained weights are float32 in all
     config.algorithm = "ddpo_is"  # a function of ddpo/losses.py
     config.reward = "jpeg_compressibility"  # of ddpo/rewards.py: NAME, NAME:MODEL, or "pickscore + 0.1*hpsv2"
+    config.reward_timeout = 0.0  # seconds that scoring a process's share of a round may take; 0: no limit
     config.prompts = "imagenet_animals"  # a function of ddpo/prompts.py, or a text file with one prompt a line
 
     config.sample = sample = ConfigDict()
@@ -72,7 +74,14 @@ def get_config():
     train.clip_range = 1e-4  # of the importance ratio of a step; tied to the latent's size, see README
     train.advantage_clip = 5.0  # advantages are clipped to +-this
     train.timestep_fraction = 1.0  # share of the T steps that are trained on, drawn anew for each update
-    return config
+    return config.lock()  # a preset that misspells a key fails
+
+
+# What may differ in a resumed run without changing what is computed (memory knobs: beyond rounding).
+NO_EFFECT = (
+    "run_dir", "resume", "num_epochs", "stop_reward", "tracker", "save_every", "keep_checkpoints", "grid_every",
+    "grid_images", "threads", "reward_timeout", "sample.batch_size", "train.batch_size", "train.gradient_checkpointing",
+)  # fmt: skip
 
 
 def check(config, processes=1):
@@ -95,6 +104,8 @@ def check(config, processes=1):
     for name in ("learning_rate", "clip_range", "advantage_clip", "max_grad_norm", "timestep_fraction"):
         if not train[name] > 0:
             raise InputError(f"train.{name} = {train[name]} must be greater than 0")
+    if config.reward_timeout < 0:
+        raise InputError(f"reward_timeout = {config.reward_timeout} must be at least 0 (0: no limit)")
     if not 0 < sample.eta <= 1:
         raise InputError(
             f"sample.eta = {sample.eta}: DDPO needs 0 < eta <= 1, since a deterministic step has no likelihood"

@@ -16,6 +16,17 @@ def cpu_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def use_cpu(threads, processes):
+    """Sets this process's CPU threads (0: cores / processes) and returns them. `accelerate launch` allows one, and more
+    than cores / processes would be far slower. torch is not imported by this module's other users."""
+    import torch
+
+    threads = threads or max(1, cpu_cores() // processes)
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    return threads
+
+
 def nearest(name, choices):
     """ " Did you mean X?", or nothing if no choice is near."""
     found = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.5)

@@ -6,30 +6,46 @@ is a function of (seed, epoch, sample). A checkpoint is written beside its place
 then are older ones removed.
 """
 
+import glob
 import json
 import os
 import re
 import shutil
 
 import torch
+from accelerate import PartialState
 
 from ddpo import InputError
 from ddpo.policy import load_weights, save_weights
 
+TEMPORARY = ".tmp"  # behind the name of a checkpoint that is being written
+
 
 def save_checkpoint(run_dir, epoch, policy, optimizer, scaler, tracker, keep):
-    """Writes the checkpoint of a run after `epoch` epochs, then removes all but the newest `keep` (0: keeps all)."""
+    """Writes the checkpoint of a run after `epoch` epochs, then removes all but the newest `keep` (0: keeps all).
+
+    Raises InputError if it cannot be written, with the older checkpoints as they were.
+    """
     folder = os.path.join(run_dir, "checkpoints", f"epoch_{epoch:04d}")
-    temporary = folder + ".tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
-    save_weights(policy, temporary)
+    temporary = folder + TEMPORARY
+    for left in glob.glob(os.path.join(glob.escape(run_dir), "checkpoints", "*" + TEMPORARY)):  # by a run killed here
+        shutil.rmtree(left, ignore_errors=True)
     state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "tracker": tracker.state_dict()}
-    torch.save({**state, "epoch": epoch}, os.path.join(temporary, "state.pt"))
-    for parent, _, files in os.walk(temporary):
-        for name in files:
-            with open(os.path.join(parent, name), "rb") as f:
-                os.fsync(f.fileno())
+    try:
+        os.makedirs(temporary)
+        save_weights(policy, temporary)
+        torch.save({**state, "epoch": epoch}, os.path.join(temporary, "state.pt"))
+        for parent, _, files in os.walk(temporary):
+            for name in files:
+                with open(os.path.join(parent, name), "rb") as f:
+                    os.fsync(f.fileno())
+    except Exception as error:  # a full disk; the formats' writers each have their own error for it
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = list_checkpoints(run_dir)
+        raise InputError(
+            f"the checkpoint after epoch {epoch - 1} could not be written: {str(error).strip().splitlines()[0]}. "
+            + (f"The last good one is {kept[-1]}: make room, then --config.resume={run_dir}" if kept else "")
+        ) from error
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
     older = [c for c in list_checkpoints(run_dir) if _epoch(c) < epoch]
@@ -49,24 +65,30 @@ def _epoch(folder):
 
 
 def load_checkpoint(run_dir, policy, optimizer, scaler, tracker):
-    """Restores the newest checkpoint that can be read; says which ones it passed over. Returns the epochs it has done.
+    """Restores the newest checkpoint that can be read; says which ones it passed over. Returns the epochs it has done:
+    0 if the run was stopped before it saved any.
 
-    Raises InputError if there is none, or if it is of another kind of run (LoRA, full, rank).
+    Raises InputError if none can be read, or if it is of another kind of run (LoRA, full, rank).
     """
-    for folder in reversed(list_checkpoints(run_dir)):
+    checkpoints = list_checkpoints(run_dir)
+    if not checkpoints:
+        PartialState().print(f"{run_dir} has no checkpoint yet: it starts from the beginning", flush=True)
+        return 0
+    for folder in reversed(checkpoints):
         try:
             state = torch.load(os.path.join(folder, "state.pt"), map_location=policy.device, weights_only=True)
             load_weights(policy, folder)
         except InputError:
             raise
         except Exception as error:  # a damaged file: every format has its own error
-            print(f"passing over {folder}, which cannot be read: {type(error).__name__}: {error}", flush=True)
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else repr(error)
+            PartialState().print(f"passing over {folder}, which cannot be read: {reason}", flush=True)
             continue
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         tracker.load_state_dict(state["tracker"])
         return state["epoch"]
-    raise InputError(f"nothing to resume: {run_dir} holds no checkpoint that can be read")
+    raise InputError(f"nothing to resume: no checkpoint in {run_dir}/checkpoints can be read")
 
 
 def truncate_metrics(run_dir, epoch):

@@ -1,14 +1,19 @@
 """The command line of train.py: --config FILE[:VARIANT], --config.KEY=VALUE, and one clear line for a mistake."""
 
+import errno
 import json
 import os
+import re
 import sys
+import threading
+import time
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from config.base import get_config as base_config
 from ddpo import InputError, nearest
+from ddpo.guards import die_with_launcher
 from ddpo.tracking import flatten
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A preset of config/, with its variant: FILE:NAME")
@@ -25,12 +30,21 @@ def run(train):
         filename = config_flags.get_config_filename(flags.FLAGS["config"])
         train(config, os.path.basename(filename).replace(".py", "").replace(":", "-").replace(",", "-"))
 
+    die_with_launcher()
     try:
         app.run(main, flags_parser=_parse)
-    except InputError as error:
-        if os.environ.get("DDPO_TRACEBACK"):
+    except (InputError, OSError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if os.environ.get("DDPO_TRACEBACK") or not (isinstance(error, InputError) or full):
             raise
-        sys.exit(f"error: {error} (DDPO_TRACEBACK=1 shows where)")
+        if int(os.environ.get("RANK", 0)):  # what every process finds, process 0 says: its end ends the others
+            time.sleep(3)
+        print(f"error: {error} (DDPO_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        if any(thread.name == "reward" for thread in threading.enumerate()):  # it hangs, and would hold up the exit
+            os._exit(1)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit("interrupted before the first epoch: there is nothing to save")
 
 
 def _given(argv):
@@ -67,7 +81,14 @@ def _parse(argv):
         known = flatten(base_config())
         unknown = next((key for key in _given(argv) if key not in known), None)
         if unknown is None:
-            raise
+            misspelled = re.search(r'Key "(\w+)" does not exist', str(error))
+            if misspelled is None:
+                raise
+            keys = {key.split(".")[-1] for key in known}
+            raise InputError(
+                f"{first[-1].removeprefix('--config=')} sets an unknown option {misspelled[1]}."
+                f"{nearest(misspelled[1], keys)} All of them are in config/base.py"
+            ) from error
         if "guidance" in unknown or "cfg" in unknown:
             raise InputError(
                 f"unknown option {unknown}: guidance is one setting, sample.guidance_scale, for sampling and training; "

@@ -44,7 +44,7 @@ def predict_noise(policy, latents, timesteps, prompt_embeds, negative_embeds, gu
 
 
 @torch.no_grad()
-def sample_with_logprob(policy, prompts, noise, guidance_scale, eta, batch_size=0, progress=None):
+def sample_with_logprob(policy, prompts, noise, guidance_scale, eta, batch_size=0, progress=None, stop=None):
     """Samples one picture per prompt and records its trajectory.
 
     Args:
@@ -55,8 +55,9 @@ def sample_with_logprob(policy, prompts, noise, guidance_scale, eta, batch_size=
         guidance_scale, eta: see `predict_noise` and `ddim_step_with_logprob`.
         batch_size: pictures per forward pass; 0 for all at once.
         progress: label of a progress bar, None for none.
+        stop: function asked before each batch whether to give up.
     Returns:
-        Trajectories.
+        Trajectories, or None if `stop` said so.
     """
     scheduler, count = policy.scheduler, len(prompts)
     timesteps = scheduler.timesteps.to(policy.device)
@@ -65,6 +66,9 @@ def sample_with_logprob(policy, prompts, noise, guidance_scale, eta, batch_size=
     images, trajectories, all_log_probs = [], None, []
     bar = tqdm(total=count * len(timesteps), desc=progress, unit="step", leave=False, disable=progress is None)
     for start in range(0, count, batch_size):
+        if stop is not None and stop():
+            bar.close()
+            return None
         batch = range(start, min(start + batch_size, count))
         prompt_embeds = policy.embed([prompts[i] for i in batch])
         negative_embeds = policy.embed([""])

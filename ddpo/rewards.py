@@ -13,6 +13,7 @@ that folder. `get_reward` reads a config's expression and mixes rewards with wei
 import io
 import os
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -196,23 +197,40 @@ def get_reward(expression, device="cpu", options=None):
     return mixed
 
 
-def compute_rewards(reward, images, prompts, metadata):
+def compute_rewards(reward, images, prompts, metadata, timeout=0):
     """Calls a reward and checks what it returns.
 
+    Args:
+        timeout: seconds after which a reward that has not returned is given up; 0: never.
     Returns:
         rewards (B,) float32 and info, a dict of (B,) arrays.
     Raises:
-        InputError naming the reward, and the prompt where one is to blame, if the reward raises, or returns something
-        else than B finite numbers and a dict.
+        InputError naming the reward, and the prompt where one is to blame, if the reward raises, hangs, or returns
+        something else than B finite numbers and a dict.
     """
     name, count = getattr(reward, "__name__", str(reward)), len(images)
-    try:
-        result = reward(images, prompts, metadata)
-    except InputError:  # it says all there is to say
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"reward {name} raised {reason} (first of its prompts: {prompts[0]!r})") from error
+    outcome = []
+
+    def call():
+        try:
+            outcome.append(reward(images, prompts, metadata))
+        except Exception as error:
+            outcome.append(error)
+
+    if timeout:
+        thread = threading.Thread(target=call, name="reward", daemon=True)
+        thread.start()
+        thread.join(timeout)
+    else:
+        call()
+    if not outcome:
+        raise InputError(f"reward {name} gave no answer for {count} images within reward_timeout = {timeout:g} seconds")
+    result = outcome[0]
+    if isinstance(result, InputError):  # it says all there is to say
+        raise result
+    if isinstance(result, Exception):
+        reason = f"{type(result).__name__}: {result}"
+        raise InputError(f"reward {name} raised {reason} (first of its prompts: {prompts[0]!r})") from result
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
         raise InputError(f"reward {name} must return a pair (rewards, info dict), not {type(result).__name__}")
     checked = {}

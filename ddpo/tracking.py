@@ -6,19 +6,27 @@ from netrc import NetrcParseError, netrc
 
 from PIL import Image, ImageDraw
 
+from config.base import NO_EFFECT
+from ddpo.guards import lock_run
+
 
 def start_run(run_dir, config):
     """Makes the run's folder and writes its config.json; on a resume, says which options are others than before."""
     os.makedirs(os.path.join(run_dir, "images"), exist_ok=True)
+    lock_run(run_dir)
     path, new = os.path.join(run_dir, "config.json"), flatten(config)
     if os.path.exists(path):
         with open(path) as f:
             old = flatten(json.load(f))
         for key in sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k)):
             if key not in ("run_dir", "resume", "num_epochs"):
-                print(f"{run_dir}: {key} was {old.get(key)!r} and is {new.get(key)!r} from here on", flush=True)
-    with open(path, "w") as f:
+                matters = (
+                    "changes no result" if key in NO_EFFECT else "MATTERS: the run is no longer one of either value"
+                )
+                print(f"{run_dir}: {key} was {old.get(key)!r}, now {new.get(key)!r} ({matters})", flush=True)
+    with open(path + ".tmp", "w") as f:
         json.dump(config.to_dict(), f, indent=2)
+    os.replace(path + ".tmp", path)
 
 
 def flatten(config, prefix=""):
@@ -38,7 +46,17 @@ def start_tracker(accelerator, run_dir, config):
         os.environ["WANDB_MODE"] = "offline"
         accelerator.print(f"wandb: no API key, so it records offline; later: wandb sync {run_dir}/wandb/offline-*")
     options = {"wandb": {"dir": run_dir, "name": os.path.basename(run_dir)}}
-    accelerator.init_trackers("ddpo", config=flatten(config), init_kwargs=options if config.tracker == "wandb" else {})
+    options = options if config.tracker == "wandb" else {}
+    try:
+        accelerator.init_trackers("ddpo", config=flatten(config), init_kwargs=options)
+    except Exception as error:  # a server that cannot be reached must not cost the run
+        _give_up_tracker(accelerator, config.tracker, error)
+
+
+def _give_up_tracker(accelerator, name, error):
+    accelerator.trackers = []
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    print(f"warning: {name} failed ({reason}); the run goes on without it, metrics.jsonl has everything", flush=True)
 
 
 def _has_wandb_key():
@@ -52,7 +70,12 @@ def log_metrics(accelerator, run_dir, metrics):
     """Appends one line to metrics.jsonl, and sends it to the tracker."""
     with open(os.path.join(run_dir, "metrics.jsonl"), "a") as f:
         f.write(json.dumps(metrics) + "\n")
-    accelerator.log({k: v for k, v in metrics.items() if k != "epoch"}, step=metrics["epoch"])
+        f.flush()
+        os.fsync(f.fileno())
+    try:
+        accelerator.log({k: v for k, v in metrics.items() if k != "epoch"}, step=metrics["epoch"])
+    except Exception as error:
+        _give_up_tracker(accelerator, "the tracker", error)
 
 
 def image_grid(images, labels=None, columns=0):

@@ -40,19 +40,27 @@ def make_clip(folder, projection_dim):
 
 
 SMALL = {  # a run of seconds
-    "lora_rank": 4, "num_epochs": 2, "grid_images": 2, "prompts": "common_animals", "sample.num_steps": 3,
+    "threads": 1, "lora_rank": 4, "num_epochs": 2, "stop_reward": "inf", "grid_images": 2, "prompts": "common_animals",
+    "sample.num_steps": 3,
     "sample.images_per_epoch": 8, "sample.batch_size": 4, "train.batch_size": 4, "train.updates_per_epoch": 2,
 }  # fmt: skip
 
 
-def launch(*arguments, launcher=(), direct=False, check=True, env=None, **options):
-    """Runs the real command line, accelerate launch train.py; or python train.py itself if `direct`, which starts
-    sooner. `a__b=c` stands for --config.a.b=c."""
+def command_line(*arguments, launcher=(), direct=False, script="train.py", **options):
+    """The real command line, accelerate launch train.py; or python train.py itself if `direct`, which starts sooner.
+    `a__b=c` stands for --config.a.b=c. `script` "tests/saboteur.py" is train.py with something broken."""
     options = SMALL | {k.replace("__", "."): v for k, v in options.items()}
     accelerate = ["-m", "accelerate.commands.launch", "--cpu", *(launcher or ("--num_processes", "1"))]
-    command = [sys.executable, *([] if direct else accelerate), "train.py"]
-    command += [*arguments, *(f"--config.{k}={v}" for k, v in options.items())]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **(env or {})})
+    command = [sys.executable, *([] if direct else accelerate), script]
+    return [*command, *arguments, *(f"--config.{k}={v}" for k, v in options.items())]
+
+
+def launch(*arguments, check=True, env=None, preexec_fn=None, **options):
+    """Runs `command_line(...)` to its end."""
+    result = subprocess.run(
+        command_line(*arguments, **options), cwd=ROOT, capture_output=True, text=True, preexec_fn=preexec_fn,
+        env={**os.environ, **(env or {})},
+    )  # fmt: skip
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result

@@ -1,0 +1,73 @@
+"""train.py with one thing broken, which the environment variable SABOTAGE names; for the tests of what it does then."""
+
+import os
+import runpy
+import sys
+import time
+
+import numpy as np
+import torch
+
+sys.path.insert(0, ".")
+from ddpo import rewards  # noqa: E402
+
+SABOTAGE, RANK = os.environ["SABOTAGE"], int(os.environ.get("RANK", "0"))
+
+
+def raises(images, prompts, metadata):
+    raise ZeroDivisionError("oh no")
+
+
+def hangs(images, prompts, metadata):
+    time.sleep(1000)
+
+
+def slow(images, prompts, metadata):
+    time.sleep(0.5)
+    return rewards.jpeg_compressibility(images, prompts, metadata)
+
+
+BAD_REWARDS = {
+    "one NaN": lambda images, prompts, metadata: (np.where(np.arange(len(images)) == 5, np.nan, 1.0), {}),
+    "all NaN": lambda images, prompts, metadata: (np.full(len(images), np.nan), {}),
+    "infinite": lambda images, prompts, metadata: (np.full(len(images), np.inf), {}),
+    "too few": lambda images, prompts, metadata: (np.zeros(len(images) - 1), {}),
+    "not a pair": lambda images, prompts, metadata: [1.0] * len(images),
+    "text": lambda images, prompts, metadata: (["good"] * len(images), {}),
+    "constant": lambda images, prompts, metadata: (np.full(len(images), 3.0), {}),
+    "raises": raises, "hangs": hangs, "slow": slow,
+}  # fmt: skip
+
+if SABOTAGE in BAD_REWARDS:
+    rewards.REWARDS["sabotaged"] = BAD_REWARDS[SABOTAGE]
+elif SABOTAGE == "ranks drift apart" and RANK == 1:
+    step = torch.optim.AdamW.step
+
+    def drift(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        weight = self.param_groups[0]["params"][0]
+        weight.data.view(torch.int32).view(-1)[0] += 1  # one bit of one weight
+
+    torch.optim.AdamW.step = drift
+elif SABOTAGE == "the gradient is not finite":
+    from ddpo import losses
+
+    def not_finite(log_prob, old_log_prob, advantage, config):
+        loss, info = losses.ddpo_is(log_prob, old_log_prob, advantage, config)
+        return torch.where(advantage == advantage.max(), loss / 0, loss), info
+
+    losses.ALGORITHMS["not_finite"] = not_finite
+elif SABOTAGE == "training has dropout":
+    import ddpo.pipeline_logprob as pipeline
+
+    predict = pipeline.predict_noise
+    pipeline.predict_noise = lambda *args: predict(*args) * (1.02 if torch.is_grad_enabled() else 1.0)
+elif SABOTAGE == "the tracker breaks later":
+    from accelerate import Accelerator
+
+    def log(self, *args, **kwargs):
+        raise ConnectionError("the server is gone")
+
+    Accelerator.log = log
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")

@@ -1,0 +1,341 @@
+"""Runs that can be trusted: the same on any batch size and number of processes, and nothing lost when stopped."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zlib
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, command_line, launch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from test_train import metrics, weights
+
+import train
+from config.base import get_config
+from ddpo import rewards
+
+
+def distance(ours, theirs):
+    """Relative norm of the difference of two lists of tensors."""
+    difference = sum((a - b).double().square().sum() for a, b in zip(ours, theirs, strict=True))
+    return float((difference / sum(b.double().square().sum() for b in theirs)).sqrt())
+
+
+def assert_same_run(one, two, epoch=2):
+    """Two LoRA runs that may differ by rounding. Adam's first steps are learning rate * sign(gradient), so a weight
+    whose gradient is as small as rounding may go either way: weights are compared by their norm, with room for some."""
+    for ours, theirs in zip(metrics(one), metrics(two), strict=True):
+        for key in ("reward_mean", "reward_std", "grad_norm", "loss", "approx_kl"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-6), key
+        assert ours["ratio_error"] < 2e-6
+    a, b = weights(one, epoch), weights(two, epoch)
+    moved = [k for k in b if "lora_B" in k]  # they began as 0, so their norm is how far training went
+    assert distance([a[k] for k in moved], [b[k] for k in moved]) < 1e-2
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    """One process, undisturbed."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    launch(model=tiny, run_dir=run, train__learning_rate=1e-3, save_every=1)
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------ memory knobs
+def record(model, monkeypatch, run, rank, batch_size):
+    """What a run computes on its way: every round's latents and advantages, every update's gradients; its weights."""
+    seen = {"latents": [], "advantages": [], "gradients": [], "weights": []}
+    sample, stats = train.sample_with_logprob, train.PerPromptStatTracker.update
+    clip, load = torch.nn.utils.clip_grad_norm_, train.load_policy
+
+    def sample_(*args, **kwargs):
+        out = sample(*args, **kwargs)
+        if kwargs["progress"] != "grid":
+            seen["latents"].append(out.latents)
+        return out
+
+    def stats_(self, prompts, values):
+        seen["advantages"].append(torch.as_tensor(stats(self, prompts, values)))
+        return seen["advantages"][-1].numpy()
+
+    def clip_(parameters, norm):
+        seen["gradients"].append([p.grad.clone() for p in parameters])
+        return clip(parameters, norm)
+
+    def load_(*args):
+        policy = load(*args)
+        seen["weights"] = policy.trainable_parameters()
+        return policy
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "sample_with_logprob", sample_)
+        patch.setattr(train.PerPromptStatTracker, "update", stats_)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_)
+        patch.setattr(train, "load_policy", load_)
+        patch.setattr(train.guards.signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
+        config = get_config()
+        config.update_from_flattened_dict({
+            **SMALL, "model": model, "run_dir": str(run), "lora_rank": rank, "num_epochs": 3, "grid_every": 0,
+            "sample.batch_size": batch_size, "train.batch_size": batch_size, "reward": "by_prompt",
+        })  # fmt: skip
+        train.train(config, "test")
+    return seen
+
+
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
+def test_memory_knobs_change_nothing(tiny, tmp_path, monkeypatch, rank):
+    """Batches of 1, 3 and 16 against each other. A picture has 8 bits: a pixel that stands between two values may go
+    either way, and its JPEG file with it by a byte or so. So the JPEG reward is compared to a few bytes here, and all
+    else under a reward that does not look at the picture. From the first update on Adam divides each gradient by its
+    own size: where a gradient is nothing but rounding, the weight takes a full step of rounding. Weights are therefore
+    compared by norm, against how far they were trained."""
+
+    def reward(images, prompts, metadata):
+        jpeg.append(rewards.jpeg_size(images))
+        return [zlib.crc32(prompt.encode()) % 97 for prompt in prompts], {}
+
+    monkeypatch.setitem(rewards.REWARDS, "by_prompt", reward)
+    runs, sizes = {}, {}
+    for batch in (16, 3, 1):
+        jpeg = []
+        runs[batch], sizes[batch] = record(tiny, monkeypatch, tmp_path / str(batch), rank, batch), jpeg
+    start = train.load_policy(tiny, rank, "fp32", "cpu", get_config().lora_targets.split(",")).trainable_parameters()
+    for batch in (3, 1):
+        run, whole = runs[batch], runs[16]
+        assert abs(sizes[batch][0] - sizes[16][0]).max() < 5e-3  # kB
+        assert all(torch.equal(a, b) for a, b in zip(run["advantages"], whole["advantages"]))
+        assert distance(run["latents"][:1], whole["latents"][:1]) < 1e-5
+        assert distance(run["gradients"][0], whole["gradients"][0]) < 1e-5
+        trained = [w.detach() - s.detach() for w, s in zip(whole["weights"], start)]
+        again = [w.detach() - s.detach() for w, s in zip(run["weights"], start)]
+        assert distance(again, trained) < 1e-3
+
+
+# --------------------------------------------------------------------------------------------------------- processes
+def test_four_processes_equal_one(tiny, tmp_path, alone):
+    run = tmp_path / "run"
+    launch(model=tiny, run_dir=run, train__learning_rate=1e-3, launcher=("--num_processes", "4"))
+    assert_same_run(run, alone)
+
+
+def test_two_processes_save_and_one_resumes(tiny, tmp_path, alone):
+    """One epoch by two processes, the next by one; and the other way around."""
+    for first, second in ((2, 1), (1, 2)):
+        run = tmp_path / f"{first}{second}"
+        options = {"model": tiny, "train__learning_rate": 1e-3, "save_every": 1}
+        launch(run_dir=run, num_epochs=1, launcher=("--num_processes", str(first)), **options)
+        launch(resume=run, launcher=("--num_processes", str(second)), **options)
+        assert_same_run(run, alone)
+
+
+def test_processes_that_drift_apart_are_named(tiny, tmp_path):
+    result = launch(
+        model=tiny, run_dir=tmp_path / "run", script="tests/saboteur.py", launcher=("--num_processes", "2"),
+        env={"SABOTAGE": "ranks drift apart"}, check=False,
+    )  # fmt: skip
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "before epoch 1, process(es) 1 hold other weights than process 0" in errors[0]
+
+
+@pytest.fixture
+def two_machines():
+    """Two network namespaces joined by a cable: the command prefixes that run something in either."""
+    names = [f"ddpo{os.getpid()}{side}" for side in "ab"]
+    setup = [f"ip netns add {name}" for name in names]
+    setup += [f"ip link add {names[0]} type veth peer name {names[1]}"]
+    for i, name in enumerate(names):
+        inside = f"ip netns exec {name} ip"
+        setup += [f"ip link set {name} netns {name}", f"{inside} addr add 10.77.0.{i + 1}/24 dev {name}"]
+        setup += [f"{inside} link set {name} up", f"{inside} link set lo up"]
+    try:
+        for command in setup:
+            if subprocess.run(command.split(), capture_output=True).returncode:
+                pytest.skip(f"no network namespaces here: {command}")
+        yield {name: ["ip", "netns", "exec", name] for name in names}
+    except FileNotFoundError:
+        pytest.skip("no network namespaces here: there is no ip command")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def test_two_machines_equal_one(tiny, tmp_path, alone, two_machines):
+    run, processes = tmp_path / "run", []
+    for rank, (interface, prefix) in enumerate(two_machines.items()):
+        launcher = ("--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank))
+        launcher += ("--main_process_ip", "10.77.0.1", "--main_process_port", "29577", "--rdzv_backend", "static")
+        command = command_line(model=tiny, run_dir=run, train__learning_rate=1e-3, launcher=launcher)
+        env = {**os.environ, "GLOO_SOCKET_IFNAME": interface}
+        processes.append(subprocess.Popen([*prefix, *command], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    assert_same_run(run, alone)
+
+
+# --------------------------------------------------------------------------------------------- killed, stopped, full
+def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
+    """The script that kills a run at random moments (results/reliability has 50 of its kills)."""
+    command = [sys.executable, "-m", "scripts.kill_runs", "--kills", "4", "--per_run", "4", "--seed", "1"]
+    result = subprocess.run([*command, "--output", tmp_path / "kills.json"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((tmp_path / "kills.json").read_text())
+    assert found["kills"] == 4 == sum(found["killed_in"].values()) and found["differing"] == []
+
+
+def start_and_wait(line, **options):
+    """Starts a run and returns once it has printed `line`."""
+    process = subprocess.Popen(
+        command_line(**options), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "SABOTAGE": "slow"}, start_new_session=True,
+    )  # fmt: skip
+    output = ""
+    while line not in output:
+        character = process.stdout.read(1)
+        assert character, output
+        output += character
+    return process
+
+
+@pytest.mark.parametrize(
+    "number, whom", [(signal.SIGINT, "group"), (signal.SIGTERM, "group"), (signal.SIGTERM, "launcher")]
+)
+def test_interrupted_runs_are_saved(tiny, tmp_path, number, whom):
+    """Ctrl-C reaches launcher and run, as a scheduler's SIGTERM may; `kill` may reach the launcher alone."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    options = {"model": tiny, "train__learning_rate": 1e-3, "num_epochs": 4, "save_every": 10, "reward": "sabotaged"}
+    options |= {"script": "tests/saboteur.py"}
+    process = start_and_wait("epoch   1 ", run_dir=run, **options)
+    if whom == "group":
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    output = process.stdout.read()  # until the run itself ends, which may be after its launcher
+    process.wait()
+    assert f"{number.name}: saved after" in output and f"--config.resume={run}" in output
+    done = len(metrics(run))
+    assert 2 <= done < 4
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"epoch_{done:04d}"]
+    if (number, whom) == (signal.SIGINT, "group"):  # and it goes on as if nothing had happened
+        for options["run_dir"], more in ((whole, {}), ("", {"resume": run})):
+            launch(env={"SABOTAGE": "slow"}, direct=True, **options, **more)
+        assert metrics(whole) == metrics(run)
+        assert all(torch.equal(a, b) for a, b in zip(weights(whole, 4).values(), weights(run, 4).values()))
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tiny, tmp_path):
+    """No file may grow beyond some kilobytes in the second part: its checkpoint cannot be written."""
+    run = tmp_path / "run"
+    launch(model=tiny, run_dir=run, num_epochs=1, direct=True)
+    smallest = min(f.stat().st_size for f in (run / "checkpoints/epoch_0001").rglob("*.*"))
+    largest = max(f.stat().st_size for f in (run / "checkpoints/epoch_0001").rglob("*.*"))
+    limit = (smallest + largest) // 2
+    result = launch(
+        resume=run, model=tiny, grid_every=0, num_epochs=2, direct=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert result.returncode == 1 and "error: the checkpoint after epoch 1 could not be written" in result.stderr
+    assert f"The last good one is {run}/checkpoints/epoch_0001" in result.stderr
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["epoch_0001"]
+    launch(resume=run, num_epochs=2, direct=True)
+    assert len(metrics(run)) == 2
+
+
+def test_one_writer_per_run(tiny, tmp_path):
+    run = tmp_path / "run"
+    options = {"model": tiny, "reward": "sabotaged", "script": "tests/saboteur.py"}
+    process = start_and_wait("epoch   0 ", run_dir=run, num_epochs=50, save_every=1, direct=True, **options)
+    result = launch(resume=run, direct=True, check=False, env={"SABOTAGE": "slow"}, num_epochs=60, **options)
+    process.kill()
+    process.stdout.read()
+    assert result.returncode == 1 and f"error: {run} is being written by another process" in result.stderr
+
+
+def test_resuming_says_what_differs_and_whether_it_matters(tiny, tmp_path):
+    run = tmp_path / "run"
+    launch(model=tiny, run_dir=run, num_epochs=1, direct=True)
+    result = launch(resume=run, direct=True, train__batch_size=2, train__clip_range=0.5)
+    assert "train.batch_size was 4, now 2 (changes no result)" in result.stdout
+    assert "train.clip_range was 0.0001, now 0.5 (MATTERS" in result.stdout
+    result = launch(resume=run, direct=True, check=False)
+    assert "has done 2 epochs: to go on, --config.num_epochs=4" in result.stderr
+
+
+# ----------------------------------------------------------------------------------------------- failing parts around
+def test_a_reward_that_hangs(tiny, tmp_path):
+    start = time.time()
+    result = launch(
+        model=tiny, run_dir=tmp_path / "run", reward="sabotaged", reward_timeout=1.0, check=False, direct=True,
+        script="tests/saboteur.py", env={"SABOTAGE": "hangs"},
+    )  # fmt: skip
+    assert result.returncode == 1 and time.time() - start < 500  # the reward would sleep for 1,000 seconds
+    assert "error: reward hangs gave no answer for 8 images within reward_timeout = 1 seconds" in result.stderr
+
+
+def test_a_tracker_that_cannot_be_reached(tiny, tmp_path):
+    env = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "2"}
+    result = launch(model=tiny, run_dir=tmp_path / "a", tracker="wandb", env=env, direct=True)
+    assert "warning: wandb failed" in result.stdout and len(metrics(tmp_path / "a")) == 2
+    env = {"SABOTAGE": "the tracker breaks later"}
+    result = launch(
+        model=tiny, run_dir=tmp_path / "b", tracker="tensorboard", env=env, direct=True, script="tests/saboteur.py"
+    )
+    assert result.stdout.count("warning: the tracker failed (the server is gone)") == 1
+    assert len(metrics(tmp_path / "b")) == 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_gradient_that_is_not_finite(tiny, tmp_path, precision):
+    result = launch(
+        model=tiny, run_dir=tmp_path / "run", algorithm="not_finite", check=False, direct=True, precision=precision,
+        script="tests/saboteur.py", env={"SABOTAGE": "the gradient is not finite"},
+    )  # fmt: skip
+    error = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1 and len(error) == 1
+    assert "epoch 0, update " in error[0] and "not finite at timestep" in error[0] and "of 'a" in error[0]
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_ratio_that_is_off_is_warned_of(tiny, tmp_path):
+    options = {"script": "tests/saboteur.py", "env": {"SABOTAGE": "training has dropout"}, "direct": True}
+    result = launch(model=tiny, run_dir=tmp_path / "run", num_epochs=1, **options)
+    assert "warning: before any update the ratio is off by" in result.stdout + result.stderr
+    assert metrics(tmp_path / "run")[0]["ratio_error"] > get_config().train.clip_range
+
+
+def test_a_constant_reward_is_warned_of(tiny, tmp_path):
+    result = launch(
+        model=tiny, run_dir=tmp_path / "run", reward="sabotaged", direct=True, script="tests/saboteur.py",
+        env={"SABOTAGE": "constant"},
+    )  # fmt: skip
+    assert "warning: epoch 0: sabotaged is 3 for all: nothing to learn" in result.stdout
+
+
+# ----------------------------------------------------------------------------------------------------- half precision
+def test_full_finetuning_in_bf16_keeps_updates_below_its_rounding(tiny, tmp_path):
+    """Steps of 1e-6 on weights of about 0.1, where bfloat16's neighbours are 5e-4 apart: they must add up."""
+    run = tmp_path / "run"
+    launch(model=tiny, run_dir=run, lora_rank=0, precision="bf16", train__learning_rate=1e-6, direct=True)
+    before = UNet2DConditionModel.from_pretrained(f"{tiny}/unet").state_dict()
+    after = load_file(run / "checkpoints/epoch_0002/unet/diffusion_pytorch_model.safetensors")
+    moved = torch.cat([(after[k] - before[k]).abs().flatten() for k in before if before[k].ndim == 4])
+    rounded = torch.cat(
+        [(after[k].bfloat16() != before[k].bfloat16()).flatten() for k in before if before[k].ndim == 4]
+    )
+    assert (moved > 0).float().mean() > 0.9 and moved.max() < 1e-5
+    assert rounded.float().mean() < 0.05  # a half-precision copy would have lost nearly all of it
+
+
+def test_old_log_probs_are_computed_again_where_batches_would_round_differently(tiny, tmp_path):
+    options = {"model": tiny, "direct": True, "num_epochs": 1, "precision": "bf16", "sample__batch_size": 4}
+    for batch_size, again in ((4, False), (3, True)):
+        result = launch(run_dir=tmp_path / str(batch_size), train__batch_size=batch_size, **options)
+        assert ("old log-probs are computed again" in result.stdout) == again
+        assert metrics(tmp_path / str(batch_size))[0]["ratio_error"] == 0

@@ -31,10 +31,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from config.base import get_config
+from config.emoji import get_config as emoji_config
 from ddpo import InputError, prompts
 from ddpo.pipeline_logprob import sample_with_logprob
 from ddpo.policy import load_policy, load_weights
 from ddpo.reward_model import read_choices, read_jsonl
+from scripts.sample import open_run
 
 PAGE = Path(__file__).parent / "annotate.html"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
@@ -207,10 +210,6 @@ def make_pairs(args, output):
 
 def open_model(args):
     """(config, policy) of --run, with its newest checkpoint's weights, or of --model with the options of its preset."""
-    from config.base import get_config
-    from config.emoji import get_config as emoji_config
-    from scripts.sample import open_run
-
     if args.run:
         config, policy, folder = open_run(args.run)
         load_weights(policy, folder)

@@ -113,17 +113,17 @@ def main():
                 felt = 5.5 + 1.5 * (like + RATING_NOISE * rng.normal())
                 writer.writerow((name, int(np.clip(round(felt), 1, 10)), rater))
         return print(output)
-    output, right, clear = args.output or folder / "choices.jsonl", 0, 0
+    output, as_liked, clear = args.output or folder / "choices.jsonl", 0, 0
     with open(output, "w") as f:
         for pair in pairs[:needed]:
-            left, right_ = shown(pair, rater)
-            difference = likes[left] - likes[right_]
+            left, right = shown(pair, rater)
+            difference = likes[left] - likes[right]
             vote = choose(difference, rng)
             clear += vote != "tie"
-            right += vote == ("left" if difference > 0 else "right")
-            record = {"pair": pair["pair"], "prompt": pair["prompt"], "left": left, "right": right_, "choice": vote}
+            as_liked += vote == ("left" if difference > 0 else "right")
+            record = {"pair": pair["pair"], "prompt": pair["prompt"], "left": left, "right": right, "choice": vote}
             f.write(json.dumps({**record, "rater": rater, "time": time.time()}) + "\n")
-    print(f"{output}: {needed} choices, {needed - clear} ties; {right / clear:.1%} of the others are what the taste "
+    print(f"{output}: {needed} choices, {needed - clear} ties; {as_liked / clear:.1%} of the others are what the taste "
           "itself would choose, which no reward model can beat")  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def train(config, preset):
     accelerator = Accelerator(log_with=config.tracker or None, project_dir=run_dir)
     rank, processes = accelerator.process_index, accelerator.num_processes
     sample, opt = config.sample, config.train
-    reward_fn = choose("reward", config.reward, rewards.REWARDS)
+    reward_fn = rewards.get_reward(config.reward, accelerator.device, config.reward_options)
     algorithm = choose("algorithm", config.algorithm, ALGORITHMS)
     prompt_set = prompts.get_prompts(config.prompts)
 

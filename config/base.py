@@ -31,7 +31,7 @@ def get_config():
     config.lora_targets = "to_q,to_k,to_v,to_out.0"  # module names of the UNet, comma-separated
     config.precision = "fp32"  # of the network: fp32, tf32, bf16, fp16. Trained weights are float32 in all
     config.algorithm = "ddpo_is"  # a function of ddpo/losses.py
-    config.reward = "jpeg_compressibility"  # a function of ddpo/rewards.py
+    config.reward = "jpeg_compressibility"  # of ddpo/rewards.py: NAME, NAME:MODEL, or "pickscore + 0.1*hpsv2"
     config.reward_timeout = 0.0  # seconds that scoring a process's share of a round may take; 0: no limit
     config.prompts = "imagenet_animals"  # a function of ddpo/prompts.py, or a text file with one prompt a line
 
@@ -44,6 +44,16 @@ def get_config():
     sample.eta = 1.0  # noise of the DDIM step; must be > 0 for a policy that is a distribution
     sample.height = 0  # pixels; 0: the model's own size
     sample.width = 0
+
+    config.reward_options = options = ConfigDict()  # of rewards that run a model
+    options.precision = "fp32"  # of their networks: fp32, bf16, fp16
+    options.batch_size = 32  # (memory) images per forward pass
+    options.aesthetic_clip = "openai/clip-vit-large-patch14"  # what the aesthetic head was trained on
+    options.bertscore_model = "microsoft/deberta-xlarge-mnli"  # for alignment
+    options.bertscore_layer = 40  # of it, whose output is compared; BERTScore's choice for that model
+    options.vlm_name = ""  # a model's name at an alignment:http://... server; empty: the first that it lists
+    options.timeout = 60.0  # seconds that one request to such a server may take
+    options.concurrency = 16  # requests at a time
 
     config.stats = stats = ConfigDict()  # advantages per prompt, see ddpo/stat_tracking.py
     stats.buffer_size = 32  # rewards kept per prompt

@@ -4,16 +4,26 @@
 
 images: B PIL images; prompts: B strings; metadata: B dicts that came with the prompts. rewards: (B,) numbers, higher is
 better; info: a dict of (B,) numbers to log by their mean. To add one: write the function, add its name to REWARDS.
+
+A reward that needs a model is made by a function `load_NAME(model, device, options)` in MODEL_REWARDS, which returns
+such a function. `model` is what follows the name: `pickscore` takes PickScore from the hub, `pickscore:FOLDER` from
+that folder. `get_reward` reads a config's expression and mixes rewards with weights.
 """
 
 import io
 import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
+from huggingface_hub import hf_hub_download
+from transformers import CLIPConfig, CLIPProcessor
 
-from ddpo import InputError
+from config.base import get_config
+from ddpo import InputError, choose, reward_model, vlm
+from ddpo.clip import DTYPES, cosine, embed_images, from_open_clip, load_clip, not_found
 
 
 def jpeg_size(images):
@@ -40,7 +50,151 @@ def jpeg_compressibility(images, prompts, metadata):
     return -sizes, {"jpeg_kb": sizes}
 
 
+def load_aesthetic(model, device, options):
+    """The LAION aesthetic predictor: an affine function, in five layers, of the picture's unit CLIP ViT-L/14 embedding.
+    About 1 to 10. model: the head's file; default: from the hub."""
+    repository, file = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
+    try:
+        state = torch.load(model or hf_hub_download(repository, file), map_location="cpu", weights_only=True)
+    except Exception as error:  # missing, offline, damaged: every one has its own error
+        raise not_found("reward aesthetic, head", model or repository, error) from error
+    clip = load_clip("reward aesthetic", options.aesthetic_clip, device, options.precision)
+    # The published files keep dropouts, which have no weights, in the numbering: layers 0, 2, 4, 6, 7.
+    sizes = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
+    layers = torch.nn.ModuleDict({str(i): torch.nn.Linear(*size) for i, size in sizes.items()})
+    try:
+        layers.load_state_dict({key.removeprefix("layers."): value for key, value in state.items()})
+    except RuntimeError as error:
+        raise not_found("reward aesthetic, head", model or repository, error) from error
+    width = clip[0].config.projection_dim
+    if width != 768:
+        raise InputError(
+            f"reward_options.aesthetic_clip = {options.aesthetic_clip!r} has embeddings of {width} dimensions: the "
+            "aesthetic head takes the 768 of openai/clip-vit-large-patch14"
+        )
+    layers.to(device).requires_grad_(False)
+
+    def aesthetic(images, prompts, metadata):
+        """The aesthetic score of each picture, whatever its prompt."""
+        values = embed_images(clip, images, options.batch_size)
+        for layer in layers.values():
+            values = layer(values)
+        return values.squeeze(-1).cpu().numpy(), {}
+
+    return aesthetic
+
+
+def load_clipscore(model, device, options):
+    """CLIPScore (Hessel et al., arXiv 2104.08718): 2.5 max(cos, 0). Deviation: the prompt goes in without their
+    "A photo depicts", since prompts of drawings are as welcome."""
+    clip = load_clip("reward clipscore", model or "openai/clip-vit-large-patch14", device, options.precision)
+
+    def clipscore(images, prompts, metadata):
+        """2.5 max(cos, 0) of picture and prompt."""
+        return 2.5 * cosine(clip, images, prompts, options.batch_size).clamp_min(0).numpy(), {}
+
+    return clipscore
+
+
+def load_pickscore(model, device, options):
+    """PickScore (Kirstain et al., arXiv 2305.01569): exp(logit_scale) cos, about 15 to 25. Their processor is the
+    base model's."""
+    processor = "" if model else "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    clip = load_clip("reward pickscore", model or "yuvalkirstain/PickScore_v1", device, options.precision, processor)
+
+    def pickscore(images, prompts, metadata):
+        """exp(logit_scale) cos of picture and prompt."""
+        scale = clip[0].logit_scale.float().exp().cpu()
+        return (scale * cosine(clip, images, prompts, options.batch_size)).numpy(), {}
+
+    return pickscore
+
+
+def load_hpsv2(model, device, options):
+    """HPSv2.1 (Wu et al., arXiv 2306.09341): the cosine, about 0.2 to 0.35. The published file is an open_clip
+    checkpoint; it is read into transformers' CLIP, so neither open_clip nor their package is needed.
+
+    model: a folder with HPS_v2.1_compressed.pt and, from laion/CLIP-ViT-H-14-laion2B-s32B-b79K, config.json and the
+    processor's files; default: both from the hub.
+    """
+    base = model or "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    file = "HPS_v2.1_compressed.pt"
+    try:
+        path = os.path.join(model, file) if model else hf_hub_download("xswu/HPSv2", file)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        network = from_open_clip(state.get("state_dict", state), CLIPConfig.from_pretrained(base))
+        processor = CLIPProcessor.from_pretrained(base)
+    except Exception as error:  # missing, offline, damaged, another architecture
+        raise not_found("reward hpsv2", model or "xswu/HPSv2", error) from error
+    dtype = choose("reward_options.precision", options.precision, DTYPES)
+    clip = network.to(device, dtype).eval().requires_grad_(False), processor
+
+    def hpsv2(images, prompts, metadata):
+        """The cosine of picture and prompt."""
+        return cosine(clip, images, prompts, options.batch_size).numpy(), {}
+
+    return hpsv2
+
+
+def load_learned(model, device, options):
+    """A reward model of your own: the folder that scripts.train_reward wrote."""
+    return reward_model.load_reward_model(model, device, options.precision, options.batch_size)
+
+
 REWARDS = {"jpeg_compressibility": jpeg_compressibility, "jpeg_incompressibility": jpeg_incompressibility}
+MODEL_REWARDS = {
+    "aesthetic": load_aesthetic,
+    "clipscore": load_clipscore,
+    "pickscore": load_pickscore,
+    "hpsv2": load_hpsv2,
+    "alignment": vlm.load_alignment,
+    "counting": vlm.load_counting,
+    "learned": load_learned,
+}
+
+
+def get_reward(expression, device="cpu", options=None):
+    """The reward function of an expression: NAME, NAME:MODEL, or a weighted sum of them, "pickscore +
+    0.1*jpeg_compressibility". Every model is loaded here, once, so what is missing is known before any sampling.
+
+    Args:
+        expression: terms with + between them, or a minus that has spaces around it; each WEIGHT*NAME[:MODEL].
+        device: where the models run.
+        options: `config.reward_options`; default: those of config/base.py.
+    Returns:
+        a reward function. A sum also logs each of its terms, without its weight, under its own text.
+    Raises:
+        InputError for a name that is unknown, a weight that is no number, or a model that cannot be loaded.
+    """
+    options = get_config().reward_options if options is None else options
+    terms = []
+    for text in re.split(r"\+|\s(?=-\s)", expression):
+        sign, weight, term = re.fullmatch(r"\s*(-\s)?\s*(?:([^*:]*)\*)?(.*)", text).groups()
+        name, _, model = term.strip().partition(":")
+        try:
+            weight = float(weight or 1) * (-1 if sign else 1)
+        except ValueError as error:
+            raise InputError(f"reward {expression!r}: the weight {weight.strip()!r} is not a number") from error
+        reward = choose("reward", name, {**REWARDS, **MODEL_REWARDS})
+        if name in MODEL_REWARDS:
+            reward = reward(model, device, options)
+        elif model:
+            raise InputError(f"reward {name} takes no model: {term.strip()!r}")
+        terms.append((weight, term.strip(), reward))
+    if len(terms) == 1 and terms[0][0] == 1:
+        return terms[0][2]
+
+    def mixed(images, prompts, metadata):
+        """The weighted sum."""
+        total, infos = 0, {}
+        for weight, term, reward in terms:
+            values, info = compute_rewards(reward, images, prompts, metadata)  # names the one that is to blame
+            total = total + weight * values
+            infos |= {term: values, **info}
+        return total, infos
+
+    mixed.__name__ = expression
+    return mixed
 
 
 def compute_rewards(reward, images, prompts, metadata, timeout=0):
@@ -72,6 +226,8 @@ def compute_rewards(reward, images, prompts, metadata, timeout=0):
     if not outcome:
         raise InputError(f"reward {name} gave no answer for {count} images within reward_timeout = {timeout:g} seconds")
     result = outcome[0]
+    if isinstance(result, InputError):  # it says all there is to say
+        raise result
     if isinstance(result, Exception):
         reason = f"{type(result).__name__}: {result}"
         raise InputError(f"reward {name} raised {reason} (first of its prompts: {prompts[0]!r})") from result

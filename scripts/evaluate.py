@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForImageClassification
 
-from ddpo import InputError, choose, prompts, rewards
+from ddpo import InputError, prompts, rewards
 from ddpo.pipeline_logprob import sample_with_logprob
 from ddpo.policy import load_weights
 from scripts.sample import open_run
@@ -44,7 +44,7 @@ def main():
 
     config, policy, folder = open_run(args.run, args.checkpoint)
     sample = config.sample
-    reward = choose("reward", config.reward, rewards.REWARDS)
+    reward = rewards.get_reward(config.reward, policy.device, config.get("reward_options"))
     texts = [prompt for prompt, _ in prompts.common_animals()] * args.count
     animals = [text.split()[-1] for text in texts]
     shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))

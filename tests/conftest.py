@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from scripts.make_random_model import make_random_model
 
@@ -20,6 +22,23 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_v(tmp_path_factory):
     return make_random_model("tiny", tmp_path_factory.mktemp("tiny") / "v_prediction", "v_prediction")
+
+
+def make_clip(folder, projection_dim):
+    """Saves a small random CLIPModel with CLIP's own preprocessing, and the embedded model's tokenizer, to `folder`."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "models/emoji/clip")
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**small, **special, "vocab_size": len(tokenizer), "max_position_embeddings": 24},
+        vision_config={**small, "image_size": 28, "patch_size": 7, "initializer_range": 0.2},
+        projection_dim=projection_dim,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    size = {"shortest_edge": 28}
+    CLIPProcessor(CLIPImageProcessor(size=size, crop_size=28), tokenizer).save_pretrained(folder)
+    return folder
 
 
 SMALL = {  # a run of seconds

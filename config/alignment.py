@@ -1,0 +1,32 @@
+"""Alignment at the paper's scale: Stable Diffusion 1.4 learns to draw what the prompt says, as a vision-language model
+sees it.
+
+    accelerate launch train.py --config config/alignment.py            (LoRA, the port's settings)
+    accelerate launch train.py --config config/alignment.py:full       (the paper's settings)
+    accelerate launch train.py --config config/alignment.py:one_gpu    (LoRA in small rounds: trl's post)
+
+Prompts: 45 animals washing the dishes, riding a bike or playing chess. LLaVA 1.5 13B runs in the training process by
+default, which takes 26 GB of its GPU in half precision; elsewhere: `--config.reward=alignment:http://HOST:PORT/v1`.
+
+Not yet run on the real weights. The way to a server has been, with `transformers serve`.
+"""
+
+from config import aesthetic, compressibility
+from ddpo import choose
+
+
+def get_config(variant="lora"):
+    method = choose("variant", variant, {"lora": "lora", "full": "full", "one_gpu": "lora"})
+    config = compressibility.get_config(method)
+    config.reward = "alignment"
+    config.reward_options.precision = "bf16"
+    config.prompts = "animal_activities"
+    config.stats.min_count = 16
+    config.stats.buffer_size = 32
+    if variant == "lora":
+        config.num_epochs = 200
+        config.sample.images_per_epoch = 288
+        config.train.updates_per_epoch = 2
+    if variant == "one_gpu":
+        aesthetic.one_gpu(config)
+    return config

@@ -1,0 +1,299 @@
+"""A learned reward: frozen CLIP image embeddings and a small head, from ratings or from choices between pictures.
+
+Ratings y of pictures x: the head f is fitted by regression, min sum (f(x) - y)^2. Choices between a and b follow
+Bradley and Terry (1952), P(a is chosen) = sigmoid(f(a) - f(b)); a tie counts as half a choice of each. Every vote of
+every rater is one term, so a picture or pair that several people judged weighs by their number.
+
+A reward model is a folder: reward.json, head.safetensors, evaluation.json and evaluation.png. `scripts.train_reward`
+makes it, `--config.reward=learned:FOLDER` uses it.
+"""
+
+import csv
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ddpo import InputError
+from ddpo.clip import embed_images, load_clip
+
+VOTES = {"left": 1.0, "right": 0.0, "tie": 0.5}
+
+
+# ----------------------------------------------------------------------------------------------------------- the data
+def read_jsonl(path):
+    """The objects of a JSONL file. A last line without its end, which a kill leaves behind, is passed over.
+
+    Raises InputError that names the line that is not JSON, or the file that cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if line.endswith("\n") and number < len(lines) and line.strip().endswith("}"):
+                raise InputError(f"{path}, line {number} is not JSON: {error}") from error
+    return records
+
+
+def read_choices(paths):
+    """The votes in JSONL files of `scripts.annotate`, oldest first, without those that were undone.
+
+    Each is {"pair", "prompt", "left", "right", "choice": left, right, tie or skip, "rater"}; the pictures' paths are
+    relative to the file's folder.
+    """
+    votes = {}
+    for path in map(str, paths):
+        for record in read_jsonl(path):
+            try:
+                key = (path, record["rater"], record["pair"])
+                votes.pop(key, None)
+                if record["choice"] != "undo":
+                    folder = os.path.dirname(path)
+                    sides = {side: os.path.join(folder, record[side]) for side in ("left", "right")}
+                    votes[key] = {**record, **sides}
+            except (KeyError, TypeError) as error:
+                raise InputError(f"{path}: {record} is not a choice of scripts.annotate ({error})") from error
+    return list(votes.values())
+
+
+def read_ratings(path, images=""):
+    """(image path, score, rater) of each line of a CSV or JSONL with the columns image, score and, if several people
+    rated, rater; or of AVA's own list, whose score is the mean of the ten vote counts for 1 to 10.
+
+    Args:
+        path: NAME.csv, NAME.jsonl, or AVA's NAME.txt ("index id n1 ... n10 tags").
+        images: folder of the pictures; default: the file's own.
+    Raises:
+        InputError that names the line that does not fit, or if no picture is there. Those missing are left out.
+    """
+    folder = images or os.path.dirname(path)
+    if not os.path.exists(path):
+        raise InputError(f"cannot read {path}: there is no such file")
+    ratings = []
+    if path.endswith(".jsonl"):
+        rows = read_jsonl(path)
+    else:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            rows = list(csv.DictReader(f)) if path.endswith(".csv") else [line.split() for line in f if line.strip()]
+    for number, row in enumerate(rows, 1):
+        try:
+            if isinstance(row, list):
+                counts = np.array(row[2:12], dtype=float)
+                name, score, rater = f"{row[1]}.jpg", float(counts @ np.arange(1, 11) / counts.sum()), "AVA"
+            else:
+                name, score, rater = row["image"], float(row["score"]), str(row.get("rater") or "")
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}, entry {number} has no image and score: {row} ({error})") from error
+        ratings.append((os.path.join(folder, name), score, rater))
+    there = {name for name, _, _ in ratings if os.path.exists(name)}
+    if not there:
+        raise InputError(f"{path}: none of its {len(ratings)} pictures is in {folder or '.'}, the first being "
+                         f"{ratings[0][0] if ratings else 'none'}. Which folder holds them?")  # fmt: skip
+    return [rating for rating in ratings if rating[0] in there]
+
+
+def cached_embeddings(encoder, paths, cache, device="cpu", precision="fp32", batch_size=32):
+    """Unit CLIP embeddings (N, D) of N different picture files, from the folder `cache` where they are known already.
+
+    The cache goes by the files' content and the encoder's weights, so it never returns those of another picture or
+    model of the same name.
+    """
+    clip = load_clip("reward model", encoder, device, precision)
+    weights = clip[0].visual_projection.weight.float().cpu().numpy().tobytes()
+    file = Path(cache) / f"{hashlib.sha256(weights + precision.encode()).hexdigest()[:16]}.safetensors"
+    known = load_file(file) if file.exists() else {}
+    keys = [hashlib.sha256(Path(path).read_bytes()).hexdigest()[:32] for path in paths]
+    missing = [i for i, key in enumerate(keys) if key not in known]
+    bar = tqdm(total=len(missing), desc="embedding", unit="picture", disable=not missing)
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
+        for i, embedding in zip(batch, embed_images(clip, [_open(paths[i]) for i in batch], batch_size).cpu()):
+            known[keys[i]] = embedding.clone()
+        bar.update(len(batch))
+    bar.close()
+    if missing:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(known, f"{file}.tmp")
+        os.replace(f"{file}.tmp", file)
+    return torch.stack([known[key] for key in keys])
+
+
+def _open(path):
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError as error:
+        raise InputError(f"cannot read the picture {path}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ the head
+def make_head(dimension, hidden=0):
+    """f: (..., D) -> (..., 1). Linear, or with one hidden layer."""
+    if not hidden:
+        return torch.nn.Linear(dimension, 1)
+    return torch.nn.Sequential(torch.nn.Linear(dimension, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, 1))
+
+
+def head_loss(head, embeddings, index, target):
+    """(N,) losses. index (N, 2): cross-entropy of Bradley-Terry, target in [0, 1]; index (N,): squared error."""
+    scores = head(embeddings[index]).squeeze(-1)
+    if index.ndim == 2:
+        return F.binary_cross_entropy_with_logits(scores[:, 0] - scores[:, 1], target, reduction="none")
+    return (scores - target) ** 2
+
+
+def train_head(embeddings, index, target, validation=None, epochs=300, patience=20, hidden=0, seed=0,
+               learning_rate=1e-2, weight_decay=10.0, batch_size=64, progress="training"):  # fmt: skip
+    """Fits a head with AdamW.
+
+    Args:
+        embeddings: (M, D).
+        index, target: see `head_loss`; (N, 2) or (N,) rows of `embeddings`, and (N,) float.
+        validation: (index, target) for early stopping: the weights of the best epoch are kept, and training ends
+            `patience` epochs after it. None: `epochs` epochs.
+    Returns:
+        the head, and the number of epochs it was trained.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = make_head(embeddings.shape[1], hidden)
+    # CLIP's embeddings lie in a narrow cone; standardised, all directions train at one pace. Undone at the end.
+    used = embeddings[index.flatten().unique()]
+    mean, std = used.mean(0), used.std(0).clamp_min(1e-6)
+    standard = (embeddings - mean) / std
+    optimizer = torch.optim.AdamW(head.parameters(), learning_rate, weight_decay=weight_decay)
+    best, best_epoch, best_state = float("inf"), 0, None
+    bar = tqdm(range(1, epochs + 1), progress, unit="epoch", leave=False)
+    for epoch in bar:
+        for batch in torch.randperm(len(target), generator=generator).split(batch_size):
+            optimizer.zero_grad()
+            head_loss(head, standard, index[batch], target[batch]).mean().backward()
+            optimizer.step()
+        if validation is not None:
+            with torch.no_grad():
+                loss = head_loss(head, standard, *validation).mean().item()
+            bar.set_postfix(validation_loss=f"{loss:.4f}")
+            if loss < best:
+                best, best_epoch = loss, epoch
+                best_state = {k: v.clone() for k, v in head.state_dict().items()}
+            elif epoch >= best_epoch + patience:
+                break
+    bar.close()
+    if best_state:
+        head.load_state_dict(best_state)
+    first = head if not hidden else head[0]
+    with torch.no_grad():  # f((x - mean) / std) as a function of x
+        first.weight /= std
+        first.bias -= first.weight @ mean
+    return head.requires_grad_(False), best_epoch or epochs
+
+
+# ------------------------------------------------------------------------------------------------------ how good it is
+def evaluate_choices(margin, target, bins=5):
+    """What f(left) - f(right) (N,) says of votes (N,) in {0, 0.5, 1}.
+
+    Returns a dict: `accuracy` over the votes that are no ties; `rank_correlation` (Spearman) of margin and vote;
+    `log_loss`; `calibration`, a list of (mean predicted probability, share of left votes, votes) over bins of equal
+    width; and `calibration_error`, their mean distance weighted by votes.
+    """
+    probability = 1 / (1 + np.exp(-margin))
+    clear = target != 0.5
+    calibration = []
+    for low in np.arange(bins) / bins:
+        inside = (probability >= low) & (probability < low + 1 / bins)
+        if inside.any():
+            calibration.append((float(probability[inside].mean()), float(target[inside].mean()), int(inside.sum())))
+    clipped = probability.clip(1e-12, 1 - 1e-12)
+    return {
+        "votes": len(target),
+        "accuracy": float(((margin > 0) == (target == 1))[clear].mean()),
+        "rank_correlation": float(spearmanr(margin, target).statistic),
+        "log_loss": float(-(target * np.log(clipped) + (1 - target) * np.log(1 - clipped)).mean()),
+        "calibration": calibration,
+        "calibration_error": float(sum(abs(p - y) * n for p, y, n in calibration) / len(target)),
+    }
+
+
+def evaluate_ratings(predicted, target, bins=5):
+    """What predictions (N,) say of ratings (N,).
+
+    Returns a dict: `accuracy`, the share of picture pairs with different ratings that are put in the right order;
+    `rank_correlation` (Spearman); `rmse`; `r2`; `calibration`, a list of (mean prediction, mean rating, pictures) over
+    bins of equally many; and `calibration_error`, their mean distance.
+    """
+    order = np.sign(predicted[:, None] - predicted) * np.sign(target[:, None] - target)
+    different = np.triu(target[:, None] != target, 1)
+    groups = [g for g in np.array_split(np.argsort(predicted, kind="stable"), bins) if len(g)]
+    calibration = [(float(predicted[g].mean()), float(target[g].mean()), len(g)) for g in groups]
+    return {
+        "votes": len(target),
+        "accuracy": float((order > 0)[different].mean()),
+        "rank_correlation": float(spearmanr(predicted, target).statistic),
+        "rmse": float(np.sqrt(((predicted - target) ** 2).mean())),
+        "r2": float(1 - ((predicted - target) ** 2).mean() / target.var()),
+        "calibration": calibration,
+        "calibration_error": float(sum(abs(p - y) * n for p, y, n in calibration) / len(target)),
+    }
+
+
+def agreement(items, votes):
+    """The share of pairs of clear votes on the same item that agree; None if no item has two. items (N,) hashable;
+    votes (N,) in {0, 0.5, 1}."""
+    by_item, same, total = {}, 0, 0
+    for item, vote in zip(items, votes):
+        if vote != 0.5:
+            for other in by_item.setdefault(item, []):
+                same, total = same + (vote == other), total + 1
+            by_item[item].append(vote)
+    return same / total if total else None
+
+
+# ---------------------------------------------------------------------------------------------------------- the folder
+def save_reward_model(folder, head, encoder, hidden, details):
+    """Writes reward.json and head.safetensors. details: what else reward.json should say."""
+    os.makedirs(folder, exist_ok=True)
+    save_file(head.state_dict(), os.path.join(folder, "head.safetensors"))
+    description = {"encoder": encoder, "hidden": hidden, **details}
+    with open(os.path.join(folder, "reward.json"), "w") as f:
+        json.dump(description, f, indent=1)
+
+
+def load_reward_model(folder, device="cpu", precision="fp32", batch_size=32):
+    """The reward function of a folder that `scripts.train_reward` wrote. Raises InputError if it is none."""
+    try:
+        with open(os.path.join(folder, "reward.json")) as f:
+            description = json.load(f)
+        encoder, hidden = description["encoder"], description["hidden"]
+        state = load_file(os.path.join(folder, "head.safetensors"))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"reward learned:{folder}: the folder holds no reward model ({error}). "
+            "python -m scripts.train_reward --output FOLDER makes one"
+        ) from error
+    clip = load_clip(f"reward learned:{folder}", encoder, device, precision)
+    head = make_head(clip[0].config.projection_dim, hidden)
+    try:
+        head.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"reward learned:{folder}: its head does not fit {encoder}: {error}") from error
+    head.to(device)
+
+    def learned(images, prompts, metadata):
+        """The head's value of each picture, in the unit of the ratings, or in nats of preference for choices."""
+        with torch.no_grad():
+            return head(embed_images(clip, images, batch_size)).squeeze(-1).cpu().numpy(), {}
+
+    return learned

@@ -1,0 +1,263 @@
+"""Makes pairs of pictures and asks people which one they like better, in a browser.
+
+    python -m scripts.annotate --model models/emoji --pairs 500          (a base model's pictures)
+    python -m scripts.annotate --run runs/NAME --prompts "a cat" "a dog" (a finetuned one's)
+    python -m scripts.annotate --images FOLDER                           (pictures that exist)
+
+Everything lands in --output: images/ and pairs.jsonl, made first, and choices.jsonl, to which each click is appended
+and flushed to disk at once. Start it again and every rater goes on where they stopped. Then:
+
+    python -m scripts.train_reward --choices OUTPUT/choices.jsonl --output runs/my-reward
+
+Two pictures of a pair share their prompt, not their noise. With --images, FOLDER/NAME.txt is the caption of
+FOLDER/NAME.png, and only pictures of the same caption are compared. Which one stands left is drawn for each rater.
+Keys: left and right arrow, down for a tie, s to skip, u to undo.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import random
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config.base import get_config
+from config.emoji import get_config as emoji_config
+from ddpo import InputError, prompts
+from ddpo.pipeline_logprob import sample_with_logprob
+from ddpo.policy import load_policy, load_weights
+from ddpo.reward_model import read_choices, read_jsonl
+from scripts.sample import open_run
+
+PAGE = Path(__file__).parent / "annotate.html"
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+# ---------------------------------------------------------------------------------------------------- making the pairs
+def draw_pairs(policy, prompt_set, output, first, count, sample, seed=0):
+    """Draws pairs `first` to `count` - 1 and appends them to OUTPUT/pairs.jsonl.
+
+    Pair i, its prompt and its noise are a function of (seed, i): a folder can be enlarged later, and is the same then.
+
+    Args:
+        policy: a `ddpo.policy.Policy`, its scheduler set to sample.num_steps.
+        prompt_set: list of (prompt, metadata).
+        sample: the `config.sample` that says guidance_scale, eta, num_steps, batch_size, height and width.
+    """
+    shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))
+    (output / "images").mkdir(parents=True, exist_ok=True)
+    per_batch = max(1, sample.batch_size // 2)
+    for start in tqdm(range(first, count, per_batch), "drawing pairs", disable=first >= count):
+        pairs = list(range(start, min(start + per_batch, count)))
+        texts = [prompt_set[np.random.default_rng((seed, i, 1)).integers(len(prompt_set))][0] for i in pairs]
+
+        def noise(k):
+            torch_seed = int(np.random.SeedSequence((seed, pairs[k // 2], k % 2, 2)).generate_state(1, np.uint64)[0])
+            return torch.randn(shape, generator=torch.Generator().manual_seed(torch_seed))
+
+        doubled = [text for text in texts for _ in range(2)]
+        pictures = sample_with_logprob(policy, doubled, noise, sample.guidance_scale, sample.eta).images
+        for k, (i, text) in enumerate(zip(pairs, texts)):
+            names = [f"images/{i:05d}{letter}.png" for letter in "ab"]
+            for name, picture in zip(names, pictures[2 * k : 2 * k + 2]):
+                picture.save(output / name)
+            append_line(output / "pairs.jsonl", {"pair": i, "prompt": text, "images": names})
+
+
+def pair_up(folder, output, count, seed=0):
+    """Pairs the pictures of a folder, those of one caption with each other, and writes OUTPUT/pairs.jsonl. A picture is
+    used a second time only once all have been used. Raises InputError if no two pictures can be compared."""
+    if not os.path.isdir(folder):
+        raise InputError(f"--images {folder}: there is no such folder")
+    captions = {}
+    for path in sorted(p for p in Path(folder).resolve().iterdir() if p.suffix.lower() in IMAGES):
+        text = path.with_suffix(".txt")
+        captions.setdefault(text.read_text(encoding="utf-8").strip() if text.exists() else "", []).append(str(path))
+    if not any(len(paths) > 1 for paths in captions.values()):
+        raise InputError(f"--images {folder}: it has no two pictures ({', '.join(IMAGES)}) with the same caption")
+    rng, pairs, seen = random.Random(seed), [], set()
+    while True:
+        before = len(pairs)
+        for caption, paths in captions.items():
+            rng.shuffle(paths)
+            for a, b in zip(paths[::2], paths[1::2]):
+                if (min(a, b), max(a, b)) not in seen:
+                    seen.add((min(a, b), max(a, b)))
+                    pairs.append({"prompt": caption, "images": [a, b]})
+        if len(pairs) >= count or len(pairs) == before:  # enough, or (nearly) all there are
+            break
+    with open(output / "pairs.jsonl", "w") as f:
+        f.writelines(json.dumps({"pair": i, **pair}) + "\n" for i, pair in enumerate(pairs[:count]))
+
+
+# -------------------------------------------------------------------------------------------------------- the choices
+def shown(pair, rater):
+    """(left, right) picture of a pair for this rater: the sides are drawn, lest a habit of the hand be learned."""
+    swap = hashlib.sha256(f"{rater}/{pair['pair']}".encode()).digest()[0] % 2
+    return pair["images"][::-1] if swap else list(pair["images"])
+
+
+def append_line(path, record):
+    """Appends one line and waits until it is on the disk. A line that a kill cut short gets its end first."""
+    with open(path, "ab+") as f:
+        if f.seek(0, os.SEEK_END) and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n":
+            f.write(b"\n")
+        f.write((json.dumps(record) + "\n").encode())
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def history(path, rater):
+    """The pair numbers that a rater has answered, in order, without those undone."""
+    return [record["pair"] for record in read_choices([path]) if record["rater"] == rater] if path.exists() else []
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET / the page; /state?rater=NAME what to show; /image/PAIR/0 or 1; POST /choice {rater, pair, choice}."""
+
+    def __init__(self, *args, output, pairs, lock):
+        self.output, self.pairs, self.lock = output, pairs, lock
+        super().__init__(*args)
+
+    def do_GET(self):
+        url = urlsplit(self.path)
+        parts = url.path.strip("/").split("/")
+        if url.path == "/":
+            self.reply(PAGE.read_bytes(), "text/html; charset=utf-8")
+        elif url.path == "/state":
+            with self.lock:
+                self.reply(self.state(parse_qs(url.query).get("rater", [""])[0]))
+        elif len(parts) == 3 and parts[0] == "image" and parts[1].isdigit() and parts[2] in ("0", "1"):
+            if int(parts[1]) >= len(self.pairs):
+                return self.send_error(404)
+            name = self.pairs[int(parts[1])]["images"][int(parts[2])]  # only what pairs.jsonl names is ever served
+            self.reply((self.output / name).read_bytes(), "image/*")
+        else:
+            self.send_error(404)
+
+    def do_POST(self):
+        try:
+            record = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            rater, pair, choice = str(record["rater"]).strip(), record["pair"], record["choice"]
+            if not rater or choice not in ("left", "right", "tie", "skip", "undo") or type(pair) is not int:
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            return self.send_error(400)
+        if self.headers.get("Content-Type") != "application/json":  # which a foreign page cannot send unasked
+            return self.send_error(415)
+        path = self.output / "choices.jsonl"
+        with self.lock:
+            done = history(path, rater)
+            if choice == "undo":
+                if done:
+                    append_line(path, {"pair": done[-1], "choice": "undo", "rater": rater, "time": time.time()})
+            elif 0 <= pair < len(self.pairs) and pair not in done:  # a double click answers once
+                left, right = shown(self.pairs[pair], rater)
+                answer = {"pair": pair, "prompt": self.pairs[pair]["prompt"], "left": left, "right": right}
+                append_line(path, {**answer, "choice": choice, "rater": rater, "time": time.time()})
+            self.reply(self.state(rater))
+
+    def state(self, rater):
+        """What the page shows next to this rater, and how far they are."""
+        done = history(self.output / "choices.jsonl", rater)
+        answered = set(done)
+        pair = next((pair for pair in self.pairs if pair["pair"] not in answered), None)
+        state = {"done": len(answered), "total": len(self.pairs), "pair": None}
+        if pair is not None:
+            places = [pair["images"].index(name) for name in shown(pair, rater)]
+            left, right = (f"/image/{pair['pair']}/{place}" for place in places)
+            state |= {"pair": pair["pair"], "prompt": pair["prompt"], "left": left, "right": right}
+        return state
+
+    def reply(self, body, kind="application/json"):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def make_pairs(args, output):
+    """Fills OUTPUT/pairs.jsonl up to args.pairs, from a model or from a folder."""
+    path = output / "pairs.jsonl"
+    existing = len(read_jsonl(path)) if path.exists() else 0
+    if args.images:
+        if not existing:
+            pair_up(args.images, output, args.pairs, args.seed)
+    elif existing < args.pairs:
+        config, policy = open_model(args)
+        policy.scheduler.set_timesteps(config.sample.num_steps)
+        name = args.prompts[0] if args.prompts else config.prompts
+        known = len(args.prompts) <= 1 and (name in prompts.PROMPT_SETS or "/" in name or name.endswith(".txt"))
+        prompt_set = prompts.get_prompts(name) if known else [(text, {}) for text in args.prompts]
+        prompts.check_length([text for text, _ in prompt_set], policy.pipe.tokenizer)
+        draw_pairs(policy, prompt_set, output, existing, args.pairs, config.sample, args.seed)
+
+
+def open_model(args):
+    """(config, policy) of --run, with its newest checkpoint's weights, or of --model with the options of its preset."""
+    if args.run:
+        config, policy, folder = open_run(args.run)
+        load_weights(policy, folder)
+        return config, policy
+    config = emoji_config() if args.model == "models/emoji" else get_config()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return config, load_policy(args.model, 0, "bf16" if device == "cuda" else "fp32", device)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", default="", help="a run's folder: pictures of its newest checkpoint")
+    source.add_argument("--model", default="", help="a base model: folder or hub name")
+    source.add_argument("--images", default="", help="a folder of pictures")
+    parser.add_argument(
+        "--prompts", nargs="+", default=[], help="a prompt set, a text file, or prompts; default: the run's"
+    )
+    parser.add_argument("--pairs", type=int, default=500)
+    parser.add_argument("--output", default="", help="default: RUN/annotations or runs/annotations-NAME")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others on the network in; there is no login")
+    parser.add_argument("--port", type=int, default=8600)
+    parser.add_argument("--draw_only", action="store_true", help="make the pairs and end")
+    args = parser.parse_args()
+
+    name = Path(args.model or args.images).name
+    output = Path(args.output or (f"{args.run}/annotations" if args.run else f"runs/annotations-{name}"))
+    output.mkdir(parents=True, exist_ok=True)
+    make_pairs(args, output)
+    if args.draw_only:
+        return print(output)
+    pairs = read_jsonl(output / "pairs.jsonl")[: args.pairs]
+    handler = functools.partial(Handler, output=output, pairs=pairs, lock=threading.Lock())
+    try:
+        server = ThreadingHTTPServer((args.host, args.port), handler)
+    except OSError as error:
+        raise InputError(f"cannot listen on {args.host}:{args.port}: {error.strerror}. Try another --port") from error
+    print(f"http://{args.host}:{server.server_port} asks about {len(pairs)} pairs; Ctrl-C ends it\n"
+          f"choices go to {output / 'choices.jsonl'}", flush=True)  # fmt: skip
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,162 @@
+"""Uploads a run's LoRA or UNet to the hub, with a model card.
+
+    python -m scripts.publish --run runs/NAME --repo USER/NAME              (uploads)
+    python -m scripts.publish --run runs/NAME --repo USER/NAME --dry-run    (only writes RUN/publish/, to look at)
+
+The card names the base model and its licence, the reward, the options, and shows the curve, the first and last picture
+grid and how to load the weights. The token is HF_TOKEN, or that of `hf auth login`. A repository that is made here is
+public unless --private.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import matplotlib
+from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
+
+from ddpo import InputError
+from ddpo.checkpoint import list_checkpoints
+from ddpo.tracking import flatten
+from scripts.plot import read_metrics
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+LOAD = {
+    "lora": 'pipe = StableDiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{repo}")',
+    "unet": 'unet = UNet2DConditionModel.from_pretrained("{repo}", subfolder="unet")\n'
+    'pipe = StableDiffusionPipeline.from_pretrained("{base}", unet=unet)',
+}
+
+
+def base_licence(model):
+    """The licence that the base model states, on the hub or in its folder's README; "" if it is not to be found."""
+    try:
+        if os.path.isdir(model):
+            return str(ModelCard.load(Path(model) / "README.md").data.get("license") or "")
+        return str(ModelCard.load(model).data.get("license") or "")
+    except Exception:  # no card, or no network: the card will say that it is unknown
+        return ""
+
+
+def write_card(run, config, kind, repo, checkpoint, licence, folder):
+    """Writes FOLDER/README.md, curve.png and before_after.png. Returns the card's text."""
+    metrics = read_metrics(run)
+    figure, axes = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
+    axes.plot(metrics["reward_queries"], metrics["reward_mean"])
+    axes.set_xlabel("reward queries")
+    axes.set_ylabel(f"mean reward: {config['reward']}")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / "curve.png", dpi=150)
+    plt.close(figure)
+    grids = sorted(Path(run, "images").glob("epoch_*.png"))
+    if len(grids) > 1:
+        before, after = Image.open(grids[0]), Image.open(grids[-1])
+        sheet = Image.new("RGB", (before.width + 24 + after.width, max(before.height, after.height)), "white")
+        sheet.paste(before, (0, 0))
+        sheet.paste(after, (before.width + 24, 0))
+        sheet.save(folder / "before_after.png")
+    base, first, last = config["model"], metrics["reward_mean"][0], metrics["reward_mean"][-1]
+    header = {
+        "library_name": "diffusers", "pipeline_tag": "text-to-image", "license": licence or "other",
+        "tags": ["ddpo", "reinforcement-learning", "stable-diffusion", *(["lora"] if kind == "lora" else [])],
+    }  # fmt: skip
+    if not os.path.isdir(base):  # a folder's name means nothing on the hub
+        header["base_model"] = base
+    method = f"LoRA of rank {config['lora_rank']}" if kind == "lora" else "full finetuning of the UNet"
+    options = "\n".join(f"| `{key}` | `{value}` |" for key, value in sorted(flatten(config).items()))
+    text = f"""---
+{json.dumps(header, indent=1)}
+---
+# {repo.split("/")[1]}
+
+`{base}`, finetuned with reinforcement learning ([DDPO](https://arxiv.org/abs/2305.13301), {method}) for the reward
+`{config["reward"]}` on the prompts `{config["prompts"]}`.
+
+The mean reward went from {first:.4g} in the first round to {last:.4g} in round {len(metrics["reward_mean"])}
+({int(metrics["reward_queries"][-1]):,} reward queries); these are the weights of `{checkpoint}`.
+
+![mean reward](curve.png)
+{"![the same prompts and noise before and after](before_after.png)" if len(grids) > 1 else ""}
+
+## Use
+
+```python
+from diffusers import {"StableDiffusionPipeline" if kind == "lora" else "StableDiffusionPipeline, UNet2DConditionModel"}
+
+{LOAD[kind].format(base=base, repo=repo)}
+image = pipe("a cat", num_inference_steps={config["sample"]["num_steps"]}, guidance_scale={
+        config["sample"]["guidance_scale"]
+    }).images[0]
+```
+
+## Licence
+
+{f"That of the base model: {licence}." if licence else f"That of the base model; see {base}."}
+
+## Options
+
+| option | value |
+|---|---|
+{options}
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def prepare(run, repo, checkpoint, licence, folder):
+    """Fills `folder` with what is uploaded: the card, its pictures, config.json of the run, the weights."""
+    try:
+        config = json.loads(Path(run, "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{run!r} is not a run: it has no config.json that can be read") from error
+    folders = {os.path.basename(name): name for name in list_checkpoints(run)}
+    if not folders or (checkpoint and checkpoint not in folders):
+        raise InputError(f"{run} has no checkpoint {checkpoint or 'yet'}; there is {', '.join(folders) or 'none'}")
+    checkpoint = checkpoint or list(folders)[-1]
+    kind = "lora" if config["lora_rank"] else "unet"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    # A LoRA lies at the top, where load_lora_weights looks; a UNet in unet/, as in every pipeline.
+    shutil.copytree(Path(folders[checkpoint], kind), folder / ("" if kind == "lora" else kind), dirs_exist_ok=True)
+    shutil.copy(Path(run, "config.json"), folder / "ddpo_config.json")
+    write_card(run, config, kind, repo, checkpoint, licence or base_licence(config["model"]), folder)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="a run's folder")
+    parser.add_argument("--repo", required=True, help="USER/NAME on the hub")
+    parser.add_argument("--checkpoint", default="", help="a name in RUN/checkpoints; default: the newest")
+    parser.add_argument("--licence", "--license", default="", help="default: what the base model states")
+    parser.add_argument("--private", action="store_true")
+    parser.add_argument("--dry-run", action="store_true", help="write RUN/publish/ and upload nothing")
+    args = parser.parse_args()
+    if args.repo.count("/") != 1 or not all(args.repo.split("/")):
+        raise InputError(f"--repo {args.repo!r} must be USER/NAME")
+    token = get_token()
+    if not (token or args.dry_run):
+        raise InputError("no token: set HF_TOKEN, or run `hf auth login`; --dry-run needs none")
+    folder = Path(args.run, "publish")
+    prepare(args.run, args.repo, args.checkpoint, args.licence, folder)
+    if args.dry_run:
+        return print(f"{folder} is what would be uploaded to {args.repo}")
+    api = HfApi(token=token)
+    try:
+        api.create_repo(args.repo, private=args.private or None, exist_ok=True)
+        commit = api.upload_folder(repo_id=args.repo, folder_path=folder, commit_message="Upload by ddpo")
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(f"the hub refused {args.repo}: {' '.join(str(error).split())[:300]}") from error
+    print(commit.commit_url)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

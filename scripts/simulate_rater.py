@@ -1,0 +1,172 @@
+"""A simulated person with a taste that is written down, to see what a learned reward recovers of it.
+
+    python -m scripts.simulate_rater choose --pairs runs/pairs --count 500      (votes, in scripts.annotate's format)
+    python -m scripts.simulate_rater rate --pairs runs/pairs --count 500        (scores 1 to 10, as CSV)
+    python -m scripts.simulate_rater check --pairs runs/pairs --first 1500 --count 600 --rewards learned:FOLDER ...
+    python -m scripts.simulate_rater measure --run runs/NAME                    (the true taste before and after a run)
+
+The reward model sees the votes, never `taste`. The pairs come from `scripts.annotate --draw_only`. The rater is noisy
+as Bradley and Terry have it: P(a is chosen) = sigmoid((taste(a) - taste(b)) / TEMPERATURE), and calls it a tie when the
+two are nearly the same to them.
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.stats import spearmanr
+from tqdm import tqdm
+
+from ddpo import InputError, prompts, rewards
+from ddpo.pipeline_logprob import sample_with_logprob
+from ddpo.policy import load_weights
+from ddpo.reward_model import read_jsonl
+from ddpo.tracking import image_grid
+from scripts.annotate import shown
+from scripts.evaluate import named_animals
+from scripts.sample import open_run
+
+TEMPERATURE = 0.45  # in units of taste, whose standard deviation over the base model's pictures is about 1
+TIE = 0.15  # closer than this, in the rater's noisy eyes, is a tie
+RATING_NOISE = 0.7  # standard deviation of a rating's noise, in units of taste
+BORDER = 10  # pixels; the frame of the picture that counts as background
+
+
+def taste(image):
+    """How much the simulated person likes a 64 x 64 picture: warm colours, a calm background, a large animal in the
+    middle. Returns a dict of the three parts, each about 0 on average and 1 in standard deviation over the base model's
+    pictures, and of "taste", their weighted sum, scaled likewise.
+    """
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+    frame = np.ones(pixels.shape[:2], dtype=bool)
+    frame[BORDER:-BORDER, BORDER:-BORDER] = False
+    warm = (pixels[frame][:, 0] - pixels[frame][:, 2]).mean()  # red over blue, of the background
+    # The mean step between neighbouring pixels of the frame: none on a plain background, many on a pattern.
+    steps_x, steps_y = np.abs(np.diff(pixels, axis=1)).mean(-1), np.abs(np.diff(pixels, axis=0)).mean(-1)
+    busy = (steps_x[frame[:, 1:]].mean() + steps_y[frame[1:]].mean()) / 2
+    # How far the middle differs from the background's mean colour, beyond what the background itself does.
+    distance = np.abs(pixels - pixels[frame].mean(0)).mean(-1)
+    large = distance[~frame].mean() - distance[frame].mean()
+    parts = {
+        "warm": (warm - WARM[0]) / WARM[1],
+        "calm": (BUSY[0] - busy) / BUSY[1],
+        "large": (large - LARGE[0]) / LARGE[1],
+    }
+    return {**parts, "taste": (parts["warm"] + parts["calm"] + 0.5 * parts["large"]) / 1.5}
+
+
+# Mean and standard deviation over the base model's pictures.
+WARM, BUSY, LARGE = (0.132, 0.192), (0.0147, 0.0101), (0.097, 0.053)
+
+
+def choose(difference, rng):
+    """The vote of the noisy rater on a pair with this difference of taste, left minus right."""
+    felt = difference + TEMPERATURE * rng.logistic()  # its sign is then Bradley and Terry's
+    return "tie" if abs(felt) < TIE else "left" if felt > 0 else "right"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("choose", "rate", "check", "measure"))
+    parser.add_argument("--pairs", default="", help="a folder with pairs.jsonl")
+    parser.add_argument("--first", type=int, default=0, help="the first pair that is judged")
+    parser.add_argument(
+        "--count", type=int, default=500, help="choose: pairs; rate, check: pictures; measure: per animal"
+    )
+    parser.add_argument("--rewards", nargs="+", default=[], help="check: what is compared with the taste")
+    parser.add_argument("--seed", type=int, default=0, help="of the rater's noise; measure: of the pictures")
+    parser.add_argument("--output", default="", help="default: PAIRS/choices.jsonl, PAIRS/ratings.csv, RUN/taste.json")
+    parser.add_argument("--run", default="", help="measure: a run's folder")
+    parser.add_argument("--checkpoint", default="", help="measure: a name in RUN/checkpoints; default: the newest")
+    args = parser.parse_args()
+    if args.what == "measure":
+        return measure(args)
+    folder, rater = Path(args.pairs), f"simulated-{args.seed}"
+    pairs = read_jsonl(folder / "pairs.jsonl")[args.first :]
+    needed = args.count if args.what == "choose" else -(-args.count // 2)
+    if len(pairs) < needed:
+        raise InputError(f"{folder} has {len(pairs)} pairs from {args.first} on, and {needed} are needed")
+    rng = np.random.default_rng((args.seed, 4))
+    names = [name for pair in pairs[:needed] for name in pair["images"]]
+    likes = {name: taste(Image.open(folder / name))["taste"] for name in tqdm(names, "looking")}
+    if args.what == "check":
+        pictures = [Image.open(folder / name) for name in names[: args.count]]
+        texts = [pair["prompt"] for pair in pairs[:needed] for _ in range(2)][: args.count]
+        for reward in args.rewards:
+            values, _ = rewards.get_reward(reward)(pictures, texts, [{}] * len(texts))
+            rho = spearmanr(values, list(likes.values())[: args.count]).statistic
+            print(f"{reward}: rank correlation with the taste {rho:.3f} on {len(pictures)} pictures")
+        return
+    if args.what == "rate":
+        output = args.output or folder / "ratings.csv"
+        with open(output, "w", newline="") as f:
+            writer = csv.writer(f)
+            writer.writerow(("image", "score", "rater"))
+            for name, like in list(likes.items())[: args.count]:
+                felt = 5.5 + 1.5 * (like + RATING_NOISE * rng.normal())
+                writer.writerow((name, int(np.clip(round(felt), 1, 10)), rater))
+        return print(output)
+    output, as_liked, clear = args.output or folder / "choices.jsonl", 0, 0
+    with open(output, "w") as f:
+        for pair in pairs[:needed]:
+            left, right = shown(pair, rater)
+            difference = likes[left] - likes[right]
+            vote = choose(difference, rng)
+            clear += vote != "tie"
+            as_liked += vote == ("left" if difference > 0 else "right")
+            record = {"pair": pair["pair"], "prompt": pair["prompt"], "left": left, "right": right, "choice": vote}
+            f.write(json.dumps({**record, "rater": rater, "time": time.time()}) + "\n")
+    print(f"{output}: {needed} choices, {needed - clear} ties; {as_liked / clear:.1%} of the others are what the taste "
+          "itself would choose, which no reward model can beat")  # fmt: skip
+
+
+@torch.no_grad()
+def measure(args):
+    """The true taste, its parts, the tiny CLIP's alignment and the classifier's verdict on the same prompts and noise
+    before and after a run. Writes RUN/taste.json, and RUN/images/taste.png with the first noise of some animals."""
+    config, policy, folder = open_run(args.run, args.checkpoint)
+    sample = config.sample
+    texts = [prompt for prompt, _ in prompts.common_animals()] * args.count
+    shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))
+
+    def noise(i):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(2_000_000 + args.seed * 10**6 + i))
+
+    judges = [config.reward] if config.reward != "clipscore:models/emoji/clip" else []
+    judges = {name: rewards.get_reward(name) for name in [*judges, "clipscore:models/emoji/clip"]}
+    result, grids = {"pictures": len(texts)}, []
+    for name in ("base", "finetuned"):
+        if name == "finetuned":
+            load_weights(policy, folder)
+        pictures = sample_with_logprob(
+            policy, texts, noise, sample.guidance_scale, sample.eta, sample.batch_size, progress=name
+        ).images
+        tastes = [taste(picture) for picture in pictures]
+        named = named_animals(pictures, "models/emoji/classifier")
+        result[name] = {
+            **{key: float(np.mean([t[key] for t in tastes])) for key in tastes[0]},
+            "taste_std": float(np.std([t["taste"] for t in tastes])),
+            **{key: float(judge(pictures, texts, [{}] * len(texts))[0].mean()) for key, judge in judges.items()},
+            "classifier_accuracy": float(np.mean([a == b.split()[-1] for a, b in zip(named, texts)])),
+        }
+        grids.append(pictures[:45:3])
+    image_grid(grids[0] + grids[1], [t.split()[-1] for t in texts[:45:3]] * 2, columns=15).save(
+        os.path.join(args.run, "images", "taste.png")
+    )
+    print(json.dumps(result, indent=1))
+    with open(args.output or os.path.join(args.run, "taste.json"), "w") as f:
+        json.dump(result, f, indent=1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,185 @@
+"""Trains a reward model of your own, from choices between two pictures or from ratings of single ones.
+
+    python -m scripts.train_reward --choices runs/annotations/choices.jsonl --output runs/my-reward
+    python -m scripts.train_reward --ratings ratings.csv --images FOLDER --output runs/my-reward
+    python -m scripts.train_reward --ratings AVA.txt --images AVA/images --output runs/my-reward
+    accelerate launch train.py --config.reward=learned:runs/my-reward
+
+--choices takes files of scripts.annotate, of any number of raters. --ratings takes a CSV or JSONL with the columns
+image, score and, if several people rated, rater; or AVA's list of vote counts.
+
+A fifth of the pictures or pairs is held out to be measured on, another fifth of the rest stops the training early. The
+head that is saved is then trained on everything, for as many epochs (--no_refit: it is the one that was measured).
+"""
+
+import argparse
+import json
+import os
+import sys
+
+import matplotlib
+import numpy as np
+import torch
+
+from ddpo import InputError
+from ddpo.reward_model import (
+    VOTES,
+    agreement,
+    cached_embeddings,
+    evaluate_choices,
+    evaluate_ratings,
+    read_choices,
+    read_ratings,
+    save_reward_model,
+    train_head,
+)
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+FEWEST = 20  # votes; with fewer nothing can be held out
+
+
+def split(index, seed):
+    """Splits votes into training, validation and held-out rows: about 64, 16 and 20%.
+
+    index (N, 2) or (N,): the pictures of each vote. Votes on the same pictures stay together, and training votes that
+    share a picture with a later part are left out: else it would be measured on pictures it has seen.
+    Returns three arrays of rows.
+    """
+    index = index.reshape(len(index), -1)
+    groups = {}
+    for row, pictures in enumerate(index.tolist()):
+        groups.setdefault(tuple(sorted(pictures)), []).append(row)
+    keys = list(groups)
+    order = np.random.default_rng((seed, 5)).permutation(len(keys))
+    held, stop = max(1, round(0.2 * len(keys))), max(1, round(0.16 * len(keys)))
+    parts, taken = [], set()
+    for chosen in (order[:held], order[held : held + stop], order[held + stop :]):
+        free = [keys[k] for k in chosen if not taken & set(keys[k])]
+        taken |= {picture for key in free for picture in key}
+        parts.append(np.array([row for key in free for row in groups[key]], dtype=int))
+    return parts[2], parts[1], parts[0]
+
+
+def draw(path, evaluation, kind, margin, target):
+    """Draws the held-out votes: how sure against how often right, or predicted against given."""
+    figure, axes = plt.subplots(figsize=(4, 3.6), constrained_layout=True)
+    if kind == "ratings":
+        axes.scatter(margin, target, s=6, alpha=0.3, label="held-out pictures")
+    predicted, observed, count = map(np.array, zip(*evaluation["calibration"]))
+    axes.scatter(predicted, observed, s=15 + 200 * count / count.sum(), color="tab:red", label="calibration, by votes")
+    ends = [0, 1] if kind == "choices" else [min(predicted.min(), target.min()), max(predicted.max(), target.max())]
+    axes.plot(ends, ends, color="gray", linewidth=1)
+    axes.set_xlabel("predicted P(left)" if kind == "choices" else "predicted score")
+    axes.set_ylabel("share of left votes" if kind == "choices" else "score")
+    axes.set_title(f"held out: accuracy {evaluation['accuracy']:.1%}, n = {evaluation['votes']}", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--choices", nargs="+", default=[], help="JSONL files of scripts.annotate")
+    source.add_argument("--ratings", default="", help="CSV, JSONL, or AVA's text file")
+    parser.add_argument("--images", default="", help="folder of the rated pictures; default: that of --ratings")
+    parser.add_argument("--output", required=True, help="the reward model's folder")
+    parser.add_argument("--encoder", default="openai/clip-vit-large-patch14", help="CLIP: hub name or folder")
+    parser.add_argument("--hidden", type=int, default=0, help="width of a hidden layer; 0: a linear head")
+    parser.add_argument("--epochs", type=int, default=300, help="at most")
+    parser.add_argument("--patience", type=int, default=20, help="epochs without a better validation loss")
+    parser.add_argument("--learning_rate", type=float, default=1e-2)
+    parser.add_argument("--weight_decay", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=0, help="of the split, the head and the order")
+    parser.add_argument("--no_refit", action="store_true", help="save the head that was measured")
+    parser.add_argument("--cache", default="runs/embeddings", help="folder of the embeddings known already")
+    args = parser.parse_args()
+
+    kind = "choices" if args.choices else "ratings"
+    if args.choices:
+        votes = [vote for vote in read_choices(args.choices) if vote["choice"] != "skip"]
+        unknown = next((vote["choice"] for vote in votes if vote["choice"] not in VOTES), None)
+        if unknown is not None:
+            raise InputError(f"{args.choices}: the choice {unknown!r} is none of left, right, tie, skip, undo")
+        pictures = [(vote["left"], vote["right"]) for vote in votes]
+        target = np.array([VOTES[vote["choice"]] for vote in votes], dtype=np.float32)
+        raters = [vote["rater"] for vote in votes]
+        # Two raters may have seen a pair the other way round.
+        agreed = agreement([tuple(sorted(p)) for p in pictures],
+                           [t if p == tuple(sorted(p)) else 1 - t for p, t in zip(pictures, target)])  # fmt: skip
+    else:
+        ratings = read_ratings(args.ratings, args.images)
+        pictures = [(name,) for name, _, _ in ratings]
+        target = np.array([score for _, score, _ in ratings], dtype=np.float32)
+        raters, agreed = [rater for _, _, rater in ratings], None
+    if len(target) < FEWEST:
+        raise InputError(f"there are {len(target)} votes; with fewer than {FEWEST} nothing can be held out")
+    if target.min() == target.max():
+        raise InputError(f"all {len(target)} votes are the same: there is nothing to learn from them")
+    missing = next((name for names in pictures for name in names if not os.path.exists(name)), None)
+    if missing:
+        raise InputError(f"the picture {missing} is not there")
+    names = sorted({name for pair in pictures for name in pair})
+    place = {name: i for i, name in enumerate(names)}
+    index = torch.tensor([[place[name] for name in pair] for pair in pictures]).squeeze(-1)
+    target = torch.from_numpy(target)
+    print(f"{len(target)} votes by {len(set(raters))} rater(s) on {len(names)} pictures"
+          + (f", {int((target == 0.5).sum())} ties" if kind == "choices" else "")
+          + (f"; where two voted on the same pair, {agreed:.1%} agree" if agreed is not None else ""))  # fmt: skip
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    embeddings = cached_embeddings(args.encoder, names, args.cache, device)
+    train, validation, held_out = split(index.numpy(), args.seed)
+    dropped = len(target) - len(train) - len(validation) - len(held_out)
+    if min(len(train), len(validation), len(held_out)) < 2:
+        raise InputError("the votes share so many pictures that none can be held out: rate more different ones")
+    options = dict(hidden=args.hidden, seed=args.seed, learning_rate=args.learning_rate, weight_decay=args.weight_decay)
+    scale = (0.0, 1.0) if kind == "choices" else (target[train].mean().item(), target[train].std().item())
+    scaled = (target - scale[0]) / scale[1]
+    stopping = (index[validation], scaled[validation])
+    head, epochs = train_head(
+        embeddings, index[train], scaled[train], stopping, args.epochs, args.patience, **options, progress="training"
+    )
+    values = head(embeddings[index[held_out]]).squeeze(-1)
+    given = target[held_out].numpy()
+    if kind == "choices":
+        margin = (values[:, 0] - values[:, 1]).numpy()
+        evaluation = evaluate_choices(margin, given)
+    else:
+        margin = (values * scale[1] + scale[0]).numpy()
+        evaluation = evaluate_ratings(margin, given)
+    if not args.no_refit:
+        head, _ = train_head(embeddings, index, scaled, epochs=epochs, **options, progress="training on all")
+    last = head if not args.hidden else head[-1]
+    with torch.no_grad():
+        if kind == "ratings":  # back to the unit of the ratings
+            last.weight *= scale[1]
+            last.bias *= scale[1]
+            last.bias += scale[0]
+        else:  # only differences matter: zero is the mean of these pictures
+            last.bias -= head(embeddings).mean()
+    details = {
+        "kind": kind, "votes": len(target), "raters": len(set(raters)), "pictures": len(names), "epochs": epochs,
+        "trained_on": len(train) if args.no_refit else len(target), "rater_agreement": agreed, "seed": args.seed,
+    }  # fmt: skip
+    save_reward_model(args.output, head, args.encoder, args.hidden, details)
+    with open(os.path.join(args.output, "evaluation.json"), "w") as f:
+        json.dump(evaluation, f, indent=1)
+    draw(os.path.join(args.output, "evaluation.png"), evaluation, kind, margin, given)
+    print(
+        f"trained on {len(train)} votes for {epochs} epochs, stopped by {len(validation)}"
+        + (f"; {dropped} left out because they share pictures with those held out" if dropped else "")
+        + f"\nheld-out ({len(held_out)} votes): "
+        + "  ".join(f"{k} {v:.3f}" for k, v in evaluation.items() if isinstance(v, float))
+        + f"\nuse it: accelerate launch train.py --config.reward=learned:{args.output}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,164 @@
+"""scripts.publish through the real command line and the real hub client, with a server in the hub's place."""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+
+from config.base import get_config
+from ddpo.policy import load_policy, save_weights
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub's interface that an upload uses; keeps what it is sent in server.files."""
+
+    protocol_version = "HTTP/1.1"
+
+    def body(self):
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            data = b""
+            while size := int(self.rfile.readline(), 16):
+                data += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return data
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def do_POST(self):
+        body, path = self.body(), self.path.split("?")[0]
+        self.server.calls.append((path, self.headers.get("Authorization")))
+        if path == "/api/repos/create":
+            self.server.created = json.loads(body)
+            self.reply(
+                {"url": f"{self.server.address}/me/model", "name": "me/model", "id": "me/model"}, self.server.status
+            )
+        elif path == "/api/validate-yaml":
+            self.reply({"errors": [], "warnings": []})
+        elif path.endswith("/preupload/main"):
+            files = [f["path"] for f in json.loads(body)["files"]]
+            modes = ["lfs" if f.endswith((".safetensors", ".png")) else "regular" for f in files]
+            self.reply({"files": [{"path": f, "uploadMode": m, "shouldIgnore": False} for f, m in zip(files, modes)]})
+        elif path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            upload = [{**o, "actions": {"upload": {"href": f"{self.server.address}/lfs/{o['oid']}"}}} for o in objects]
+            self.reply({"transfer": "basic", "objects": upload})
+        elif path.endswith("/commit/main"):
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    self.server.files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    self.server.files[value["path"]] = self.server.blobs[value["oid"]]
+            self.reply({"commitUrl": f"{self.server.address}/me/model/commit/abc", "commitOid": "abc", "success": True})
+        else:
+            self.reply({})
+
+    def do_PUT(self):
+        data = self.body()
+        self.server.blobs[hashlib.sha256(data).hexdigest()] = data
+        self.reply({})
+
+    def do_GET(self):
+        self.server.calls.append((self.path, self.headers.get("Authorization")))
+        self.reply({"id": "me/model", "xetEnabled": False, "siblings": [], "sha": "abc"}, self.server.status)
+
+    def reply(self, value, status=200):
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    server.calls, server.files, server.blobs, server.status = [], {}, {}, 200
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def make_run(model, folder, lora_rank):
+    """What train.py leaves behind, with weights that differ from the base's."""
+    config = get_config()
+    config.update_from_flattened_dict({"model": model, "lora_rank": lora_rank, "reward": "pickscore + 0.1*hpsv2"})
+    policy = load_policy(model, lora_rank, "fp32", "cpu")
+    with torch.no_grad():
+        for p in policy.trainable_parameters():
+            p += 0.1
+    save_weights(policy, folder / "checkpoints/epoch_0002")
+    (folder / "images").mkdir()
+    for epoch, colour in ((0, "red"), (2, "blue")):
+        Image.new("RGB", (60, 40), colour).save(folder / f"images/epoch_{epoch:04d}.png")
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    lines = [{"epoch": i, "reward_queries": 8 * (i + 1), "reward_mean": r} for i, r in enumerate((1.25, 7.5))]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return policy
+
+
+def publish(run, *arguments, **env):
+    command = [sys.executable, "-m", "scripts.publish", "--run", str(run), "--repo", "me/model", *arguments]
+    env = {**os.environ, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(run / "home"), "HF_TOKEN": "", **env}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_what_is_uploaded_is_the_run(tiny, tmp_path, hub, lora_rank):
+    (tmp_path / "run").mkdir()
+    policy = make_run(tiny, tmp_path / "run", lora_rank)
+    result = publish(tmp_path / "run", "--license", "openrail", HF_ENDPOINT=hub.address, HF_TOKEN="hf_secret")
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert result.stdout.splitlines()[-1].endswith("/me/model/commit/abc")
+    assert hub.created["name"] == "model" and hub.created["organization"] == "me"
+    assert all(token == "Bearer hf_secret" for path, token in hub.calls if path.startswith("/api/models"))
+
+    folder = tmp_path / "downloaded"
+    for name, data in hub.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "openrail" and card.data.library_name == "diffusers" and "ddpo" in card.data.tags
+    for words in ("from 1.25", "to 7.5", "pickscore + 0.1*hpsv2", "`train.clip_range` | `0.0001`", 'me/model"'):
+        assert words in card.text, words
+    assert Image.open(folder / "curve.png").size[0] > 300
+    grid = Image.open(folder / "before_after.png")
+    assert grid.getpixel((5, 5)) == (255, 0, 0) and grid.getpixel((grid.width - 5, 5)) == (0, 0, 255)
+    assert json.loads((folder / "ddpo_config.json").read_text())["model"] == tiny
+    # It loads as the card says.
+    if lora_rank:
+        StableDiffusionPipeline.from_pretrained(tiny).load_lora_weights(str(folder))
+        assert len(load_file(folder / "pytorch_lora_weights.safetensors")) == len(policy.trainable_parameters())
+    else:
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), policy.unet.parameters()))
+
+
+def test_dry_run_and_mistakes(tiny, tmp_path, hub):
+    (tmp_path / "run").mkdir()
+    make_run(tiny, tmp_path / "run", 4)
+    result = publish(tmp_path / "run", "--dry-run", HF_ENDPOINT=hub.address)
+    assert result.returncode == 0, result.stderr
+    assert not hub.calls and (tmp_path / "run/publish/pytorch_lora_weights.safetensors").exists()
+    assert "see" in (tmp_path / "run/publish/README.md").read_text().split("## Licence")[1]  # none is known
+    result = publish(tmp_path / "run", HF_ENDPOINT=hub.address)
+    assert "error: no token" in result.stderr and not hub.calls
+    hub.status = 403
+    result = publish(tmp_path / "run", HF_ENDPOINT=hub.address, HF_TOKEN="hf_secret")
+    assert "error: the hub refused me/model" in result.stderr and "Traceback" not in result.stderr and not hub.files

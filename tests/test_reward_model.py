@@ -1,0 +1,207 @@
+"""Reward models of one's own: votes with a known law in, the law out; and the real command line, on the tiny CLIP."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from ddpo import InputError, rewards
+from ddpo import reward_model as rm
+from scripts.train_reward import split
+
+CLIP = str(ROOT / "models/emoji/clip")
+
+
+def bradley_terry(n, rng, dimension=8):
+    """Embeddings (2n, D), pairs (n, 2), votes (n,) drawn by Bradley and Terry's law, and the true linear taste (D,)."""
+    taste = rng.normal(size=dimension)
+    embeddings = rng.normal(size=(2 * n, dimension)) * np.linspace(0.02, 1, dimension) + 3  # a cone, like CLIP's
+    index = np.arange(2 * n).reshape(n, 2)
+    margin = (embeddings[index[:, 0]] - embeddings[index[:, 1]]) @ taste
+    votes = (rng.random(n) < 1 / (1 + np.exp(-margin))).astype(np.float32)
+    return torch.tensor(embeddings, dtype=torch.float32), torch.tensor(index), torch.tensor(votes), taste
+
+
+def test_bradley_terry_recovers_the_taste():
+    """With many votes the maximum-likelihood head is the law's own weights, in its own units."""
+    embeddings, index, votes, taste = bradley_terry(3000, np.random.default_rng(0))
+    head, _ = rm.train_head(embeddings, index, votes, epochs=15, weight_decay=0.0, progress=None)
+    std = embeddings.std(0)
+    learned = (head.weight[0] * std).numpy()  # a weight matters by what its input varies
+    np.testing.assert_allclose(learned, taste * std.numpy(), atol=0.2)
+    margin = (embeddings[index[:, 0]] - embeddings[index[:, 1]]) @ torch.tensor(taste, dtype=torch.float32)
+    truth = torch.nn.functional.binary_cross_entropy_with_logits(margin, votes)
+    assert rm.head_loss(head, embeddings, index, votes).mean() <= truth + 1e-3  # no worse on its data than the truth
+
+
+def test_losses_are_their_formulas():
+    head = torch.nn.Linear(3, 1)
+    x = torch.randn(4, 3)
+    f = head(x).squeeze(1)
+    index, target = torch.tensor([[0, 1], [2, 3]]), torch.tensor([1.0, 0.5])
+    p = torch.sigmoid(f[[0, 2]] - f[[1, 3]])
+    expected = -(target * p.log() + (1 - target) * (1 - p).log())  # a tie is half a vote for each
+    torch.testing.assert_close(rm.head_loss(head, x, index, target), expected)
+    torch.testing.assert_close(rm.head_loss(head, x, index[:, 0], target), (f[[0, 2]] - target) ** 2)
+
+
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_early_stopping_keeps_the_best_epoch(hidden):
+    embeddings, index, votes, _ = bradley_terry(60, np.random.default_rng(1), dimension=40)
+    train, validation = (index[:40], votes[:40]), (index[40:], votes[40:])
+    options = {"hidden": hidden, "weight_decay": 0.0, "progress": None}
+    head, epochs = rm.train_head(embeddings, *train, validation, epochs=200, patience=5, **options)
+    assert epochs < 200  # 40 dimensions and 40 votes: it overfits
+    again, _ = rm.train_head(embeddings, *train, epochs=epochs, **options)  # the same seed, without looking
+    other, _ = rm.train_head(embeddings, *train, epochs=epochs, seed=1, **options)
+    torch.testing.assert_close(head(embeddings), again(embeddings))
+    assert not torch.allclose(head(embeddings), other(embeddings))
+    later, _ = rm.train_head(embeddings, *train, epochs=epochs + 5, **options)
+    best, worse = (rm.head_loss(h, embeddings, *validation).mean() for h in (head, later))
+    assert best < worse
+
+
+def test_evaluation_of_calibrated_predictions():
+    """Votes drawn from the predicted probabilities are calibrated; the same votes against doubled margins are not."""
+    rng = np.random.default_rng(0)
+    margin = rng.normal(size=20000) * 2
+    votes = (rng.random(20000) < 1 / (1 + np.exp(-margin))).astype(float)
+    good, bad = rm.evaluate_choices(margin, votes), rm.evaluate_choices(margin * 3, votes)
+    assert good["calibration_error"] < 0.015 < 0.08 < bad["calibration_error"]
+    best = 1 / (1 + np.exp(-abs(margin)))  # the accuracy that the votes' own noise allows
+    assert good["accuracy"] == bad["accuracy"] == pytest.approx(best.mean(), abs=0.01)
+    assert good["log_loss"] < bad["log_loss"] and sum(n for _, _, n in good["calibration"]) == 20000
+    ties = rm.evaluate_choices(np.array([1.0, -1.0, 5.0]), np.array([1.0, 1.0, 0.5]))
+    assert ties["accuracy"] == 0.5 and ties["votes"] == 3  # the tie is neither right nor wrong
+
+
+def test_evaluation_of_ratings():
+    target = np.array([1.0, 2.0, 3.0, 3.0])
+    assert rm.evaluate_ratings(target * 10, target)["accuracy"] == 1.0
+    assert rm.evaluate_ratings(target * 10, target)["rank_correlation"] == pytest.approx(1)
+    result = rm.evaluate_ratings(np.array([2.0, 1.0, 3.0, 4.0]), target)  # one of the five ordered pairs is wrong
+    assert result["accuracy"] == pytest.approx(4 / 5) and result["rmse"] == pytest.approx(np.sqrt(3 / 4))
+
+
+def test_agreement_counts_pairs_of_raters():
+    assert rm.agreement(["a", "a", "a", "b", "c", "c"], [1, 1, 0, 1, 0.5, 1]) == pytest.approx(1 / 3)
+    assert rm.agreement(["a", "b"], [1, 0]) is None
+
+
+def test_held_out_pictures_are_never_trained_on():
+    rng = np.random.default_rng(0)
+    for index in (rng.integers(0, 150, (200, 2)), np.repeat(np.arange(60), 3)):  # shared pictures; several raters
+        parts = split(index, seed=0)
+        seen = [set(index[rows].ravel().tolist()) for rows in parts]
+        assert all(len(rows) for rows in parts)
+        assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
+    train, validation, held_out = split(np.arange(200).reshape(100, 2), seed=0)
+    assert (len(train), len(validation), len(held_out)) == (64, 16, 20)
+
+
+def test_undo_skip_and_cut_lines(tmp_path):
+    clicks = ("x", 0, "left"), ("y", 0, "right"), ("x", 1, "tie"), ("x", 1, "undo"), ("x", 1, "right"), ("x", 2, "skip")
+    lines = [{"pair": i, "left": "a.png", "right": "b.png", "choice": c, "rater": r} for r, i, c in clicks]
+    path = tmp_path / "choices.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"pair": 3, "ch')
+    votes = rm.read_choices([path])
+    assert [(v["rater"], v["pair"], v["choice"]) for v in votes] == [
+        ("x", 0, "left"), ("y", 0, "right"), ("x", 1, "right"), ("x", 2, "skip")]  # fmt: skip
+    assert votes[0]["left"] == str(tmp_path / "a.png")
+    path.write_text('{"choice": "left"}\n')
+    with pytest.raises(InputError, match="not a choice"):
+        rm.read_choices([path])
+
+
+def test_ava_and_tables(tmp_path):
+    for name in ("953619.jpg", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    lines = "1 953619 0 1 5 17 38 36 15 6 5 1 1 22 1396\n", "2 953958 10 7 15 26 26 21 10 8 1 2 0 0 0\n"
+    (tmp_path / "AVA.txt").write_text("".join(lines))
+    counts = np.array([0, 1, 5, 17, 38, 36, 15, 6, 5, 1])
+    ((name, score, _),) = rm.read_ratings(str(tmp_path / "AVA.txt"))  # the second picture is not there
+    assert name.endswith("953619.jpg") and score == pytest.approx((counts * np.arange(1, 11)).sum() / counts.sum())
+    (tmp_path / "r.csv").write_text("image,score,rater\nb.png,3.5,ann\nb.png,4,bob\n")
+    assert [(s, r) for _, s, r in rm.read_ratings(str(tmp_path / "r.csv"))] == [(3.5, "ann"), (4.0, "bob")]
+    (tmp_path / "r.jsonl").write_text('{"image": "b.png", "score": 2}\n')
+    assert rm.read_ratings(str(tmp_path / "r.jsonl")) == [(str(tmp_path / "b.png"), 2.0, "")]
+    for text, message in (("image,score\nb.png,good\n", "entry 1"), ("image,score\nc.png,1\n", "none of its 1")):
+        (tmp_path / "bad.csv").write_text(text)
+        with pytest.raises(InputError, match=message):
+            rm.read_ratings(str(tmp_path / "bad.csv"))
+
+
+def test_the_cache_knows_pictures_by_their_content(tmp_path, monkeypatch):
+    paths = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    for path, colour in zip(paths, ("red", "blue")):
+        Image.new("RGB", (64, 64), colour).save(path)
+    first = rm.cached_embeddings(CLIP, paths, tmp_path / "cache")
+    embed, calls = rm.embed_images, []
+    monkeypatch.setattr(rm, "embed_images", lambda clip, images, n: calls.append(len(images)) or embed(clip, images, n))
+    assert torch.equal(rm.cached_embeddings(CLIP, paths, tmp_path / "cache"), first) and not calls
+    Image.new("RGB", (64, 64), "red").save(paths[1])  # another picture of the same name
+    changed = rm.cached_embeddings(CLIP, paths, tmp_path / "cache")
+    assert not calls and torch.equal(changed[1], first[0])  # known already, as a.png
+    Image.new("RGB", (64, 64), "green").save(paths[1])
+    assert not torch.equal(rm.cached_embeddings(CLIP, paths, tmp_path / "cache")[1], first[1]) and calls == [1]
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """160 coloured pictures, liked for their redness: as CSV, and as votes of two raters, one of whom errs."""
+    folder, rng = tmp_path_factory.mktemp("judged"), np.random.default_rng(0)
+    names, redness = [f"{i}.png" for i in range(160)], rng.uniform(0, 1, 160)
+    for name, red in zip(names, redness):
+        pixels = rng.integers(0, 60, (64, 64, 3)) + np.array([200 * red, 100, 200 * (1 - red)])
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name)
+    with open(folder / "ratings.csv", "w", newline="") as f:
+        csv.writer(f).writerows([("image", "score"), *((n, 5 + 3 * r) for n, r in zip(names, redness))])
+    with open(folder / "choices.jsonl", "w") as f:
+        for rater, flip in (("ann", 0.0), ("bob", 0.1)):
+            for pair, (a, b) in enumerate(np.arange(160).reshape(80, 2)):
+                better = (redness[a] > redness[b]) != (rng.random() < flip)
+                left, right = (a, b) if rater == "ann" else (b, a)
+                sides = {"left": names[left], "right": names[right]}
+                choice = "left" if better == (rater == "ann") else "right"
+                f.write(json.dumps({"pair": pair, "prompt": "", **sides, "choice": choice, "rater": rater}) + "\n")
+    return folder, [str(folder / name) for name in names], redness
+
+
+@pytest.mark.parametrize("kind", ["ratings", "choices"])
+def test_the_command_line(judged, tmp_path, kind):
+    folder, names, redness = judged
+    source = ["--ratings", folder / "ratings.csv"] if kind == "ratings" else ["--choices", folder / "choices.jsonl"]
+    command = [sys.executable, "-m", "scripts.train_reward", *map(str, source), "--encoder", CLIP, "--output"]
+    result = subprocess.run(
+        [*command, str(tmp_path / "model"), "--cache", str(tmp_path / "cache")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    evaluation = json.loads((tmp_path / "model/evaluation.json").read_text())
+    assert evaluation["accuracy"] > 0.75 and evaluation["rank_correlation"] > 0.6
+    assert f"accuracy {evaluation['accuracy']:.3f}" in result.stdout
+    assert Image.open(tmp_path / "model/evaluation.png").size[0] > 300
+    if kind == "choices":
+        assert "2 rater(s)" in result.stdout and "% agree" in result.stdout
+    reward = rewards.get_reward(f"learned:{tmp_path / 'model'}")
+    values, _ = rewards.compute_rewards(reward, [Image.open(n) for n in names], [""] * 160, [{}] * 160)
+    assert np.corrcoef(values, redness)[0, 1] > 0.9
+    if kind == "ratings":  # in their own unit
+        assert abs(values - (5 + 3 * redness)).mean() < 0.6
+
+
+def test_mistakes_end_with_one_line(judged, tmp_path):
+    (tmp_path / "few.csv").write_text("image,score\n" + "".join(f"{i}.png,{i}\n" for i in range(5)))
+    command = [sys.executable, "-m", "scripts.train_reward", "--ratings", tmp_path / "few.csv", "--images", judged[0]]
+    command += ["--encoder", CLIP, "--output", tmp_path / "model"]
+    result = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0 and result.stderr.splitlines()[-1].startswith("error: there are 5 votes")
+    assert "Traceback" not in result.stderr and not (tmp_path / "model").exists()

@@ -1,0 +1,295 @@
+"""Rewards that ask a vision-language model: in this process, from `transformers serve`, and from servers that fail."""
+
+import base64
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from config.base import get_config
+from ddpo import InputError, prompts, rewards, vlm
+
+WORDS = "the image contains a cat dog riding bike washing dishes how many are there in this what animal is two three"
+TEMPLATE = (
+    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }}"
+    "{% endif %}{% endfor %}{% endfor %} answer"
+)
+
+
+def word_tokenizer(specials, template):
+    """A tokenizer of whole words, with `specials` first."""
+    vocabulary = {word: i for i, word in enumerate([*specials, *WORDS.split()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=specials[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if template:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(word, vocabulary[word]) for word in specials]
+        )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """A LLaVA with random weights, LLaVA's processor and a chat template."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llava")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer(["<unk>", "<s>", "</s>", "<pad>", "<image>"], ""),
+        unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**small, image_size=28, patch_size=7, initializer_range=0.5),
+        text_config=LlamaConfig(
+            **small, **special, vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.5
+        ),
+        image_token_index=4,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28)
+    LlavaProcessor(
+        images, tokenizer, patch_size=7, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer(["[UNK]", "[CLS]", "[SEP]", "[PAD]"], "[CLS] $A [SEP]")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
+        model_max_length=64,
+    ).save_pretrained(folder)  # fmt: skip
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=40, **small, initializer_range=1.0)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(3)] + [
+        Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "white")
+    ]
+
+
+def options(**overrides):
+    result = get_config().reward_options
+    result.update(overrides)
+    return result
+
+
+def test_bertscore_recall_is_its_definition(bert):
+    """The mean over the reference's tokens of the largest cosine with a token of the candidate: for sentences whose
+    order by length differs between the two lists, which torchmetrics 1.9.0 gets wrong in a batch."""
+    from transformers import AutoModel, AutoTokenizer
+
+    network, tokenizer = AutoModel.from_pretrained(bert), AutoTokenizer.from_pretrained(bert)
+    candidates = ["a dog riding a bike", "cat", "the image contains two cat washing dishes a bike", "three dog", ""]
+    references = ["the image contains a cat", "the image contains a dog riding a bike", "the cat", "a dog", "a cat"]
+
+    def embed(sentence, layer):
+        with torch.no_grad():
+            states = network(**tokenizer(sentence, return_tensors="pt"), output_hidden_states=True).hidden_states
+        return torch.nn.functional.normalize(states[layer][0, 1:-1], dim=-1)  # without [CLS] and [SEP]
+
+    for layer in (1, 2):
+        expected = [
+            (embed(reference, layer) @ embed(candidate, layer).T).max(1).values.mean().item() if candidate else 0.0
+            for candidate, reference in zip(candidates, references)
+        ]
+        recall = vlm.bertscore_recall(network, tokenizer, layer, candidates, references)
+        np.testing.assert_allclose(recall, expected, atol=1e-5)
+        assert np.ptp(expected[:4]) > 0.05
+
+
+@pytest.mark.parametrize(
+    "answer, expected, right",
+    [
+        ("There are three cats.", "three", True), ("3", "three", True), ("Thirty-three", "three", False),
+        ("two or three", "three", False), ("It's a cat!", "cat", True), ("cattle", "cat", False),
+        ("CATS", "cat", True), ("some mice", "mouse", True), ("", "cat", False), ("30", "three", False),
+    ],
+)  # fmt: skip
+def test_answers_are_judged_strictly(answer, expected, right):
+    assert vlm.is_right(answer, expected) == right
+
+
+@pytest.fixture(scope="module")
+def served(llava, tmp_path_factory):
+    """`transformers serve` with the random LLaVA; its address up to /v1."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    log = open(tmp_path_factory.mktemp("serve") / "log", "w+")  # noqa: SIM115
+    program = Path(sys.executable).parent / "transformers"
+    command = [program, "serve", llava, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=ROOT)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=2)
+            break
+        except OSError:
+            log.seek(0)
+            assert process.poll() is None, log.read()
+            time.sleep(0.5)
+    yield f"{address}/v1"
+    process.kill()
+    process.wait()
+
+
+def test_both_backends_give_the_same_answers(llava, served, images):
+    questions = ["what animal is this", "how many cat are there"] * 3
+    here = vlm.load_vlm("test", llava, batch_size=4)(images, questions)
+    there = vlm.load_vlm("test", served, vlm_name=llava, concurrency=3)(images, questions)
+    assert here == there
+    assert len(set(here[::2])) > 1 and any(here)  # the pictures are seen: the same question, different answers
+
+
+def test_alignment_and_counting_from_a_server(llava, bert, served, images):
+    settings = options(bertscore_model=bert, bertscore_layer=2, vlm_name=llava)
+    texts = ["a cat", "a dog riding a bike"] * 3
+    there, _ = rewards.get_reward(f"alignment:{served}", options=settings)(images, texts, [{}] * 6)
+    here, _ = rewards.get_reward(f"alignment:{llava}", options=settings)(images, texts, [{}] * 6)
+    np.testing.assert_allclose(here, there, atol=1e-6)
+    assert np.ptp(here) > 1e-3 and here.dtype == np.float32
+    drawn = prompts.counting()[:6]
+    counting = rewards.get_reward(f"counting:{served}", options=settings)
+    values, _ = rewards.compute_rewards(counting, images, [p for p, _ in drawn], [m for _, m in drawn])
+    assert set(values.tolist()) <= {0.0, 0.5, 1.0}
+    with pytest.raises(InputError, match="needs prompts with questions.*'a cat'"):
+        counting(images[:1], ["a cat"], [{}])
+
+
+class Script(BaseHTTPRequestHandler):
+    """A server that answers with the (status, body) that `plan(number of the request, its body)` returns."""
+
+    def do_GET(self):
+        self.answer(200, b'{"data": [{"id": "some-model"}]}')
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append((self.path, dict(self.headers), body))
+            number = len(self.server.requests)
+        planned = self.server.plan(number, body)
+        if isinstance(planned, tuple):
+            self.answer(*planned)
+
+    def answer(self, status, body):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Script)
+    server.requests, server.lock = [], threading.Lock()
+    server.address = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.pauses = []
+    monkeypatch.setattr(vlm.time, "sleep", server.pauses.append)  # the client's; the server has its own
+    vlm.load_vlm.cache_clear()
+    yield server
+    server.shutdown()
+
+
+def said(text):
+    return 200, json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+
+
+def colour_of(body):
+    """What picture a request holds."""
+    url = body["messages"][0]["content"][0]["image_url"]["url"]
+    prefix, data = url.split(",", 1)
+    assert prefix == "data:image/jpeg;base64"
+    picture = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert picture.format == "JPEG"
+    return "red" if picture.getpixel((5, 5))[0] > 128 else "blue"
+
+
+def test_answers_come_back_in_order_over_concurrent_retried_requests(scripted, monkeypatch):
+    """Every second request fails at first; each picture still gets its own answer, and the key its header."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    scripted.plan = lambda number, body: (503, b"busy") if number % 2 else said(f" {colour_of(body)} ")
+    colours = ["red", "blue", "blue", "red", "blue"]
+    pictures = [Image.new("RGB", (16, 16), colour) for colour in colours]
+    # One at a time, so that "every second" is each picture's first attempt.
+    assert vlm.load_vlm("test", scripted.address, concurrency=1)(pictures, ["what?"] * 5) == colours
+    assert len(scripted.requests) == 10 and len(scripted.pauses) == 5 and all(1 <= p <= 2 for p in scripted.pauses)
+    path, headers, body = scripted.requests[0]
+    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
+    assert body["model"] == "some-model" and body["temperature"] == 0 and headers["Content-Type"] == "application/json"
+    scripted.plan = lambda number, body: said(colour_of(body))
+    assert vlm.load_vlm("test", scripted.address, concurrency=5)(pictures, ["what?"] * 5) == colours
+
+
+def test_a_failing_server_names_the_picture(scripted):
+    pictures = [Image.new("RGB", (16, 16), colour) for colour in ("red", "red", "blue")]
+    ask = vlm.load_vlm("reward counting", scripted.address, concurrency=1)
+    scripted.plan = lambda number, body: said("yes") if colour_of(body) == "red" else (500, b"out of memory")
+    with pytest.raises(InputError, match="reward counting.*picture 2 of 3.*'what[?]'.*500.*out of memory") as error:
+        ask(pictures, ["what?"] * 3)
+    assert len(scripted.requests) == 2 + vlm.ATTEMPTS and "\n" not in str(error.value)
+    assert all(2**i <= pause <= 2 ** (i + 1) for i, pause in enumerate(scripted.pauses))  # 1-2, 2-4, 4-8 s
+    scripted.requests.clear()
+    scripted.plan = lambda number, body: (401, b"no such key")  # asking again would not help
+    with pytest.raises(InputError, match="picture 0.*401.*no such key"):
+        ask(pictures[:1], ["what?"])
+    assert len(scripted.requests) == 1
+    scripted.plan = lambda number, body: (200, b'{"error": "?"}')
+    with pytest.raises(InputError, match="picture 0 with no message"):
+        ask(pictures, ["what?"] * 3)
+    scripted.plan = lambda number, body: (200, b"<html>")
+    with pytest.raises(InputError, match="picture 0.*not JSON"):
+        ask(pictures, ["what?"] * 3)
+
+
+def test_a_server_that_hangs_or_is_not_there(scripted):
+    hang = threading.Event()
+    scripted.plan = lambda number, body: hang.wait(5)  # longer than the timeout
+    ask = vlm.load_vlm("test", scripted.address, timeout=0.2)
+    start = time.perf_counter()
+    with pytest.raises(InputError, match="picture 0.*timed out"):
+        ask([Image.new("RGB", (16, 16))], ["what?"])
+    assert time.perf_counter() - start < 4 and len(scripted.requests) == vlm.ATTEMPTS
+    hang.set()
+    with pytest.raises(InputError, match="no server at http://127.0.0.1:9/v1"):
+        rewards.get_reward("counting:http://127.0.0.1:9/v1")

@@ -12,6 +12,7 @@ number of processes nor a resume changes what is computed.
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -122,6 +123,7 @@ def train(config, preset):
             ).images  # fmt: skip
             image_grid(pictures, texts).save(os.path.join(run_dir, "images", f"epoch_{epoch:04d}.png"))
 
+    scorer = ThreadPoolExecutor(1)
     interrupt = guards.Interrupt()
     if first_epoch == 0:
         draw_grid(0)
@@ -134,29 +136,37 @@ def train(config, preset):
         group = sample.images_per_prompt
         drawn = [draw_prompt(prompt_set, config.seed, epoch, i - i % group) for i in mine]
         my_prompts, my_metadata = [p for p, _ in drawn], [m for _, m in drawn]
+        scores = []
+
+        def score(first, images):
+            """Scores a batch of pictures in the background; on a CPU, whose cores are taken, at once."""
+            batch = slice(first, first + len(images))
+            arguments = (reward_fn, images, my_prompts[batch], my_metadata[batch], config.reward_timeout)
+            scores.append(scorer.submit(rewards.compute_rewards, *arguments))
+            if device.type == "cpu":
+                scores[-1].result()
+
         trajectories = sample_with_logprob(
             policy, my_prompts, lambda k: draw_noise(noise_shape, config.seed, epoch, mine[k]), sample.guidance_scale,
             sample.eta, sample.batch_size, progress="sampling" if accelerator.is_main_process else None,
-            stop=lambda: interrupt.any(accelerator),
+            stop=lambda: interrupt.any(accelerator), on_images=score,
         )  # fmt: skip
         if trajectories is None:  # interrupted: no weight has changed since the last epoch, which is saved below
             break
-        images, latents, old_log_probs, timesteps = trajectories
+        _, latents, old_log_probs, timesteps = trajectories
         if not latents.isfinite().all():
             raise InputError(f"epoch {epoch}: the network's output is not finite. Try precision bf16 or fp32")
 
         # ----------------------------------------------------------------------------------- rewards and advantages
-        my_rewards, reward_info = rewards.compute_rewards(
-            reward_fn, images, my_prompts, my_metadata, config.reward_timeout
-        )
+        scored = [future.result() for future in scores]
+        my_rewards = np.concatenate([values for values, _ in scored])
+        reward_info = {key: np.concatenate([info[key] for _, info in scored]) for key in scored[0][1]}
         # Every process sees the whole round, in the order of the sample indices, and computes the same advantages.
         whole = sorted(gather_object(list(zip(mine, my_prompts, my_rewards.tolist()))))
         all_rewards = np.array([reward for _, _, reward in whole])
         advantages = tracker.update([prompt for _, prompt, _ in whole], all_rewards)
         if np.ptp(all_rewards) == 0:
-            accelerator.print(
-                f"warning: epoch {epoch}: {config.reward} is {all_rewards[0]:g} for all: nothing to learn"
-            )
+            accelerator.print(f"warning: epoch {epoch}: the reward is {all_rewards[0]:g} for all: nothing to learn")
         advantages = np.clip(advantages, -opt.advantage_clip, opt.advantage_clip)[mine]
         advantages = torch.as_tensor(advantages, dtype=torch.float32, device=device)
 
@@ -253,10 +263,11 @@ def train(config, preset):
         if accelerator.is_main_process and (last or (epoch + 1) % config.save_every == 0):
             save_checkpoint(run_dir, epoch + 1, policy, optimizer, scaler, tracker, config.keep_checkpoints)
         accelerator.wait_for_everyone()
-        trajectories = images = latents = prompt_embeds = None  # room for the next round's
+        trajectories = latents = prompt_embeds = None  # room for the next round's
         if last:
             break
     epochs.close()
+    scorer.shutdown(wait=False, cancel_futures=True)
     if interrupt.stopped and accelerator.is_main_process:
         save_checkpoint(run_dir, epoch, policy, optimizer, scaler, tracker, config.keep_checkpoints)
     accelerator.wait_for_everyone()

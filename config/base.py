@@ -32,7 +32,7 @@ def get_config():
     config.precision = "fp32"  # of the network: fp32, tf32, bf16, fp16. Trained weights are float32 in all
     config.algorithm = "ddpo_is"  # a function of ddpo/losses.py
     config.reward = "jpeg_compressibility"  # of ddpo/rewards.py: NAME, NAME:MODEL, or "pickscore + 0.1*hpsv2"
-    config.reward_timeout = 0.0  # seconds that scoring a process's share of a round may take; 0: no limit
+    config.reward_timeout = 0.0  # seconds that scoring sample.batch_size pictures may take; 0: no limit
     config.prompts = "imagenet_animals"  # a function of ddpo/prompts.py, or a text file with one prompt a line
 
     config.sample = sample = ConfigDict()

@@ -76,7 +76,7 @@ def load_checkpoint(run_dir, policy, optimizer, scaler, tracker):
         return 0
     for folder in reversed(checkpoints):
         try:
-            state = torch.load(os.path.join(folder, "state.pt"), map_location=policy.device, weights_only=True)
+            state = torch.load(os.path.join(folder, "state.pt"), map_location="cpu", weights_only=True)
             load_weights(policy, folder)
         except InputError:
             raise

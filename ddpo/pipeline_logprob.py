@@ -44,7 +44,9 @@ def predict_noise(policy, latents, timesteps, prompt_embeds, negative_embeds, gu
 
 
 @torch.no_grad()
-def sample_with_logprob(policy, prompts, noise, guidance_scale, eta, batch_size=0, progress=None, stop=None):
+def sample_with_logprob(
+    policy, prompts, noise, guidance_scale, eta, batch_size=0, progress=None, stop=None, on_images=None
+):
     """Samples one picture per prompt and records its trajectory.
 
     Args:
@@ -56,6 +58,7 @@ def sample_with_logprob(policy, prompts, noise, guidance_scale, eta, batch_size=
         batch_size: pictures per forward pass; 0 for all at once.
         progress: label of a progress bar, None for none.
         stop: function asked before each batch whether to give up.
+        on_images: function called with (first index, images) of each batch, as soon as they are there.
     Returns:
         Trajectories, or None if `stop` said so.
     """
@@ -86,6 +89,8 @@ def sample_with_logprob(policy, prompts, noise, guidance_scale, eta, batch_size=
             log_probs.append(log_prob)
             bar.update(len(batch))
         images += decode(policy, x_t)
+        if on_images is not None:
+            on_images(start, images[start:])
         all_log_probs.append(torch.stack(log_probs, dim=1))
     bar.close()
     return Trajectories(images, trajectories, torch.cat(all_log_probs), timesteps)

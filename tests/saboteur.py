@@ -4,6 +4,7 @@ import os
 import runpy
 import sys
 import time
+import zlib
 
 import numpy as np
 import torch
@@ -27,19 +28,24 @@ def slow(images, prompts, metadata):
     return rewards.jpeg_compressibility(images, prompts, metadata)
 
 
-BAD_REWARDS = {
-    "one NaN": lambda images, prompts, metadata: (np.where(np.arange(len(images)) == 5, np.nan, 1.0), {}),
+def by_prompt(images, prompts, metadata):
+    """Does not look at the picture, so that no pixel's rounding matters."""
+    return [zlib.crc32(prompt.encode()) % 97 for prompt in prompts], {}
+
+
+REWARDS = {
+    "one NaN": lambda images, prompts, metadata: (np.where(np.arange(len(images)) == 3, np.nan, 1.0), {}),
     "all NaN": lambda images, prompts, metadata: (np.full(len(images), np.nan), {}),
     "infinite": lambda images, prompts, metadata: (np.full(len(images), np.inf), {}),
     "too few": lambda images, prompts, metadata: (np.zeros(len(images) - 1), {}),
     "not a pair": lambda images, prompts, metadata: [1.0] * len(images),
     "text": lambda images, prompts, metadata: (["good"] * len(images), {}),
     "constant": lambda images, prompts, metadata: (np.full(len(images), 3.0), {}),
-    "raises": raises, "hangs": hangs, "slow": slow,
+    "raises": raises, "hangs": hangs, "slow": slow, "by prompt": by_prompt,
 }  # fmt: skip
 
-if SABOTAGE in BAD_REWARDS:
-    rewards.REWARDS["sabotaged"] = BAD_REWARDS[SABOTAGE]
+if SABOTAGE in REWARDS:
+    rewards.REWARDS["sabotaged"] = REWARDS[SABOTAGE]
 elif SABOTAGE == "ranks drift apart" and RANK == 1:
     step = torch.optim.AdamW.step
 

@@ -43,7 +43,7 @@ MISTAKES = {
     "one NaN reward": ({"sabotage": "one NaN"}, ["returned nan for the prompt 'a"]),
     "all rewards NaN": ({"sabotage": "all NaN"}, ["returned nan for the prompt 'a"]),
     "an infinite reward": ({"sabotage": "infinite"}, ["returned inf for the prompt 'a"]),
-    "too few rewards": ({"sabotage": "too few"}, ["returned shape (7,) for 8 images"]),
+    "too few rewards": ({"sabotage": "too few"}, ["returned shape (3,) for 4 images"]),
     "a reward without info": ({"sabotage": "not a pair"}, ["must return a pair (rewards, info dict), not list"]),
     "a reward of words": ({"sabotage": "text"}, ["must return numbers"]),
     "a reward that raises": ({"sabotage": "raises"}, ["reward raises raised ZeroDivisionError: oh no"]),

@@ -8,6 +8,7 @@ import sys
 import time
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, command_line, launch
@@ -18,6 +19,11 @@ from test_train import metrics, weights
 import train
 from config.base import get_config
 from ddpo import rewards
+
+# A picture has 8 bits: a pixel that stands between two values may go either way, and its JPEG file with it by a byte.
+# So what must not depend on batches or processes is compared under a reward that does not look at the picture.
+BY_PROMPT = {"reward": "sabotaged", "script": "tests/saboteur.py", "env": {"SABOTAGE": "by prompt"}}
+BY_PROMPT |= {"train__learning_rate": 1e-3, "save_every": 1}
 
 
 def distance(ours, theirs):
@@ -31,18 +37,18 @@ def assert_same_run(one, two, epoch=2):
     whose gradient is as small as rounding may go either way: weights are compared by their norm, with room for some."""
     for ours, theirs in zip(metrics(one), metrics(two), strict=True):
         for key in ("reward_mean", "reward_std", "grad_norm", "loss", "approx_kl"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-6), key
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-7), key
         assert ours["ratio_error"] < 2e-6
     a, b = weights(one, epoch), weights(two, epoch)
     moved = [k for k in b if "lora_B" in k]  # they began as 0, so their norm is how far training went
-    assert distance([a[k] for k in moved], [b[k] for k in moved]) < 1e-2
+    assert distance([a[k] for k in moved], [b[k] for k in moved]) < 1e-3
 
 
 @pytest.fixture(scope="module")
 def alone(tiny, tmp_path_factory):
     """One process, undisturbed."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    launch(model=tiny, run_dir=run, train__learning_rate=1e-3, save_every=1)
+    launch(model=tiny, run_dir=run, direct=True, **BY_PROMPT)
     return run
 
 
@@ -89,11 +95,9 @@ def record(model, monkeypatch, run, rank, batch_size):
 
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
 def test_memory_knobs_change_nothing(tiny, tmp_path, monkeypatch, rank):
-    """Batches of 1, 3 and 16 against each other. A picture has 8 bits: a pixel that stands between two values may go
-    either way, and its JPEG file with it by a byte or so. So the JPEG reward is compared to a few bytes here, and all
-    else under a reward that does not look at the picture. From the first update on Adam divides each gradient by its
-    own size: where a gradient is nothing but rounding, the weight takes a full step of rounding. Weights are therefore
-    compared by norm, against how far they were trained."""
+    """Batches of 1, 3 and 16 against each other; the JPEG reward to a few bytes. From the first update on Adam divides
+    each gradient by its own size: where a gradient is nothing but rounding, the weight takes a full step of rounding.
+    Weights are therefore compared by norm, against how far they were trained."""
 
     def reward(images, prompts, metadata):
         jpeg.append(rewards.jpeg_size(images))
@@ -107,7 +111,7 @@ def test_memory_knobs_change_nothing(tiny, tmp_path, monkeypatch, rank):
     start = train.load_policy(tiny, rank, "fp32", "cpu", get_config().lora_targets.split(",")).trainable_parameters()
     for batch in (3, 1):
         run, whole = runs[batch], runs[16]
-        assert abs(sizes[batch][0] - sizes[16][0]).max() < 5e-3  # kB
+        assert abs(np.concatenate(sizes[batch])[:8] - np.concatenate(sizes[16])[:8]).max() < 5e-3  # kB
         assert all(torch.equal(a, b) for a, b in zip(run["advantages"], whole["advantages"]))
         assert distance(run["latents"][:1], whole["latents"][:1]) < 1e-5
         assert distance(run["gradients"][0], whole["gradients"][0]) < 1e-5
@@ -119,7 +123,7 @@ def test_memory_knobs_change_nothing(tiny, tmp_path, monkeypatch, rank):
 # --------------------------------------------------------------------------------------------------------- processes
 def test_four_processes_equal_one(tiny, tmp_path, alone):
     run = tmp_path / "run"
-    launch(model=tiny, run_dir=run, train__learning_rate=1e-3, processes=4)
+    launch(model=tiny, run_dir=run, processes=4, **BY_PROMPT)
     assert_same_run(run, alone)
 
 
@@ -127,9 +131,8 @@ def test_two_processes_save_and_one_resumes(tiny, tmp_path, alone):
     """One epoch by two processes, the next by one; and the other way around."""
     for first, second in ((2, 1), (1, 2)):
         run = tmp_path / f"{first}{second}"
-        options = {"model": tiny, "train__learning_rate": 1e-3, "save_every": 1}
-        launch(run_dir=run, num_epochs=1, processes=first, **options)
-        launch(resume=run, processes=second, **options)
+        launch(model=tiny, run_dir=run, num_epochs=1, processes=first, direct=first == 1, **BY_PROMPT)
+        launch(model=tiny, resume=run, processes=second, direct=second == 1, **BY_PROMPT)
         assert_same_run(run, alone)
 
 
@@ -176,8 +179,9 @@ def test_two_machines_equal_one(tiny, tmp_path, alone, two_machines):
     for rank, (interface, prefix) in enumerate(two_machines.items()):
         launcher = ("torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank))
         launcher += ("--master_addr", "10.77.0.1", "--master_port", "29577")
-        command = command_line(model=tiny, run_dir=run, train__learning_rate=1e-3, launcher=launcher)
-        env = {**os.environ, "GLOO_SOCKET_IFNAME": interface}
+        options = {k: v for k, v in BY_PROMPT.items() if k != "env"}
+        command = command_line(model=tiny, run_dir=run, launcher=launcher, **options)
+        env = {**os.environ, **BY_PROMPT["env"], "GLOO_SOCKET_IFNAME": interface}
         processes.append(subprocess.Popen([*prefix, *command], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
     for process in processes:
         _, errors = process.communicate(timeout=300)
@@ -278,7 +282,7 @@ def test_a_reward_that_hangs(tiny, tmp_path):
         script="tests/saboteur.py", env={"SABOTAGE": "hangs"},
     )  # fmt: skip
     assert result.returncode == 1 and time.time() - start < 500  # the reward would sleep for 1,000 seconds
-    assert "error: reward hangs gave no answer for 8 images within reward_timeout = 1 seconds" in result.stderr
+    assert "error: reward hangs gave no answer for 4 images within reward_timeout = 1 seconds" in result.stderr
 
 
 def test_a_tracker_that_cannot_be_reached(tiny, tmp_path):
@@ -317,7 +321,7 @@ def test_a_constant_reward_is_warned_of(tiny, tmp_path):
         model=tiny, run_dir=tmp_path / "run", reward="sabotaged", direct=True, script="tests/saboteur.py",
         env={"SABOTAGE": "constant"},
     )  # fmt: skip
-    assert "warning: epoch 0: sabotaged is 3 for all: nothing to learn" in result.stdout
+    assert "warning: epoch 0: the reward is 3 for all: nothing to learn" in result.stdout
 
 
 # ----------------------------------------------------------------------------------------------------- half precision

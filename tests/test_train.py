@@ -33,7 +33,14 @@ def weights(run, epoch):
 )
 def test_end_to_end(request, tmp_path, model, rank, precision):
     model, run = request.getfixturevalue(model), tmp_path / "run"
-    result = launch(model=model, run_dir=run, lora_rank=rank, precision=precision, train__learning_rate=1e-3)
+    result = launch(
+        model=model,
+        run_dir=run,
+        lora_rank=rank,
+        precision=precision,
+        train__learning_rate=1e-3,
+        direct=precision == "bf16",
+    )
     lines = metrics(run)
     assert [line["epoch"] for line in lines] == [0, 1]
     assert [line["reward_queries"] for line in lines] == [8, 16]
@@ -75,50 +82,20 @@ def test_resume_is_exact(tiny, tmp_path):
     assert [p.name for p in (whole / "checkpoints").iterdir()] == ["epoch_0004"]  # older ones are removed
 
 
-@pytest.fixture(scope="module")
-def reference(tiny, tmp_path_factory):
-    run = tmp_path_factory.mktemp("reference") / "run"
-    launch(model=tiny, run_dir=run, train__learning_rate=1e-3)
-    return run
-
-
-@pytest.mark.parametrize(
-    "options, processes",
-    [
-        ({"sample__batch_size": 3, "train__batch_size": 1}, 1),
-        ({"sample__batch_size": 8, "train__batch_size": 16}, 1),
-        ({"sample__batch_size": 1}, 2),
-    ],
-    ids=["batches of 3 and 1", "batches of 8 and 16", "two processes"],
-)
-def test_memory_knobs_and_processes_change_nothing(tiny, tmp_path, reference, options, processes):
-    """Adam's first steps are lr * sign(g), so a gradient near 0 may turn a rounding error into a step of 2 lr: the
-    rewards and gradients are compared tightly, the weights by their norm."""
-    run = tmp_path / "run"
-    launch(model=tiny, run_dir=run, train__learning_rate=1e-3, processes=processes, **options)
-    for ours, theirs in zip(metrics(run), metrics(reference), strict=True):
-        for key in ("reward_mean", "reward_std", "grad_norm"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
-        assert ours["ratio_error"] < 1e-6
-    one, two = weights(run, 2), weights(reference, 2)
-    moved = [k for k in two if "lora_B" in k]  # they began as 0, so their norm is how far training went
-    distance = sum((one[k] - two[k]).square().sum() for k in moved) / sum(two[k].square().sum() for k in moved)
-    assert distance.sqrt() < 1e-2
-
-
-def test_a_run_is_not_overwritten(tiny, reference):
-    result = launch(model=tiny, run_dir=reference, check=False)
-    assert result.returncode != 0 and f"--config.resume={reference}" in result.stderr
+def test_a_run_is_not_overwritten(tiny, tmp_path):
+    launch(model=tiny, run_dir=tmp_path, direct=True, num_epochs=1)
+    result = launch(model=tiny, run_dir=tmp_path, direct=True, check=False)
+    assert result.returncode != 0 and f"--config.resume={tmp_path}" in result.stderr
 
 
 def test_bad_rewards_stop_before_any_weight_changes(tiny, tmp_path, monkeypatch):
-    """A reward that turns bad in the second half of the first round: an error, and the weights are untouched."""
+    """A reward that turns bad within the first round: an error, and the weights are untouched."""
     policies = []
     load = train.load_policy
     monkeypatch.setattr(train, "load_policy", lambda *a: policies.append(load(*a)) or policies[-1])
 
     def half_bad(images, prompts, metadata):
-        return np.where(np.arange(len(images)) < 4, 1.0, np.nan), {}
+        return np.where(np.arange(len(images)) < 2, 1.0, np.nan), {}
 
     monkeypatch.setitem(rewards.REWARDS, "half_bad", half_bad)
     config = get_config()

@@ -25,23 +25,12 @@ from ddpo import InputError, choose, cli, guards, prompts, rewards, use_cpu
 from ddpo.checkpoint import load_checkpoint, save_checkpoint, truncate_metrics
 from ddpo.ddim_logprob import ddim_step_with_logprob
 from ddpo.losses import ALGORITHMS
-from ddpo.pipeline_logprob import predict_noise, sample_with_logprob
+from ddpo.pipeline_logprob import draw_noise, predict_noise, sample_with_logprob
 from ddpo.policy import load_policy
 from ddpo.stat_tracking import PerPromptStatTracker
 from ddpo.tracking import image_grid, log_metrics, start_run, start_tracker
 
 GRID = 2**31  # the "epoch" whose noise the picture grids use
-
-
-def draw_prompt(prompt_set, seed, epoch, index):
-    """The (prompt, metadata) of sample `index`."""
-    return prompt_set[np.random.default_rng((seed, epoch, index, 1)).integers(len(prompt_set))]
-
-
-def draw_noise(shape, seed, epoch, index):
-    """All standard normal noise of sample `index`; drawn on the CPU, so that it is the same on every device."""
-    torch_seed = int(np.random.SeedSequence((seed, epoch, index, 2)).generate_state(1, np.uint64)[0])
-    return torch.randn(shape, generator=torch.Generator().manual_seed(torch_seed))
 
 
 def train(config, preset):
@@ -134,7 +123,7 @@ def train(config, preset):
 
         # --------------------------------------------------------------------------------------------------- sample
         group = sample.images_per_prompt
-        drawn = [draw_prompt(prompt_set, config.seed, epoch, i - i % group) for i in mine]
+        drawn = [prompts.draw_prompt(prompt_set, config.seed, epoch, i - i % group) for i in mine]
         my_prompts, my_metadata = [p for p, _ in drawn], [m for _, m in drawn]
         scores = []
 

@@ -6,6 +6,7 @@ and for training alike: a policy that samples with guidance and trains without i
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -20,6 +21,12 @@ class Trajectories(NamedTuple):
     latents: torch.Tensor  # (B, T + 1, C, H, W) float32, on the policy's device
     log_probs: torch.Tensor  # (B, T) float32: log p(latents[:, t + 1] | latents[:, t]), mean over dimensions
     timesteps: torch.Tensor  # (T,) the scheduler's timesteps, falling
+
+
+def draw_noise(shape, seed, epoch, index):
+    """All standard normal noise of sample `index` of an epoch. Drawn on the CPU, so the same on every device."""
+    torch_seed = int(np.random.SeedSequence((seed, epoch, index, 2)).generate_state(1, np.uint64)[0])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(torch_seed))
 
 
 def predict_noise(policy, latents, timesteps, prompt_embeds, negative_embeds, guidance_scale):

@@ -10,6 +10,7 @@ import functools
 from pathlib import Path
 
 import inflect
+import numpy as np
 
 from ddpo import InputError, choose
 
@@ -100,3 +101,8 @@ def check_length(prompts, tokenizer):
             f"the prompt {prompt!r} has {length} tokens and the text encoder takes {limit}; shorten it "
             f"({len(too_long)} of {len(lengths)} prompts are too long)"
         )
+
+
+def draw_prompt(prompt_set, seed, epoch, index):
+    """The (prompt, metadata) of sample `index` of an epoch."""
+    return prompt_set[np.random.default_rng((seed, epoch, index, 1)).integers(len(prompt_set))]

@@ -1,14 +1,14 @@
 """The embedded model: the paper's four tasks on a CPU, in minutes.
 
-    accelerate launch train.py --config config/emoji.py                            (compressibility, LoRA)
-    accelerate launch train.py --config config/emoji.py:incompressibility          (full finetuning)
-    accelerate launch train.py --config config/emoji.py:compressibility,full       (either task with either method)
-    accelerate launch train.py --config config/emoji.py:aesthetic                  (a reward learned from choices, LoRA)
-    accelerate launch train.py --config config/emoji.py:alignment                  (the embedded CLIP, LoRA)
+    accelerate launch train.py --config config/emoji.py                            (compressibility)
+    accelerate launch train.py --config config/emoji.py:incompressibility
+    accelerate launch train.py --config config/emoji.py:compressibility,lora       (any task, lora or full)
+    accelerate launch train.py --config config/emoji.py:aesthetic                  (a reward learned from choices)
+    accelerate launch train.py --config config/emoji.py:alignment                  (the embedded CLIP)
 
 128 images of 10 steps a round. No guidance: it would double the time, and the animals are right without.
-Mean JPEG size from the first to the last round, seeds 0, 1, 2: compressibility 2.26 to 1.63, 2.22 to 1.78, 2.21 to 1.62
-kB; incompressibility 2.26 to 3.12, 2.22 to 2.75, 2.21 to 2.83 kB. Runs and pictures: results/emoji/README.md.
+Mean JPEG size from the first to the last round, seeds 0, 1, 2: COMPRESS; INCOMPRESS kB.
+Runs, pictures and what falls short: results/emoji/README.md and results/preferences/README.md.
 """
 
 import math

@@ -24,7 +24,6 @@ import inflect
 import numpy as np
 import torch
 from PIL import Image
-from torchmetrics.functional.text import bert_score
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from ddpo import InputError, choose
@@ -191,6 +190,7 @@ def load_alignment(model, device, options):
 def bertscore_recall(network, tokenizer, layer, candidates, references):
     """(B,) BERTScore recall (Zhang et al., arXiv 1904.09675): the mean over a reference's tokens of the largest cosine
     with a token of the candidate, in the output of one layer. An empty candidate recalls nothing."""
+    from torchmetrics.functional.text import bert_score  # slow to import
 
     def forward(network, batch):
         return network(**batch, output_hidden_states=True).hidden_states[layer].float()

@@ -91,5 +91,6 @@ def image_grid(images, labels=None, columns=0):
         left, top = i % columns * (width + 2), i // columns * (height + 2 + line)
         grid.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
         if labels:
-            ImageDraw.Draw(grid).text((left + 1, top + height), labels[i][: width // 6], fill="black")
+            room = width // 6 if any(labels[i + 1 : i + 2]) else None  # a label may run on under pictures without one
+            ImageDraw.Draw(grid).text((left + 1, top + height), labels[i][:room], fill="black")
     return grid

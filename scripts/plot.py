@@ -43,10 +43,12 @@ def main():
         groups.setdefault(name, []).append((metrics["reward_queries"], metrics[args.key]))
     figure, axes = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
     for name, curves in groups.items():
-        length = min(len(y) for _, y in curves)
+        length = min(len(y) for _, y in curves)  # beyond it there is no mean: a run that went on is drawn by itself
         x, y = curves[0][0][:length], np.stack([y[:length] for _, y in curves])
         (line,) = axes.plot(x, y.mean(0), label=f"{name} ({len(curves)} seed{'s' * (len(curves) > 1)})")
         axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+        for queries, values in curves:
+            axes.plot(queries[length - 1 :], values[length - 1 :], color=line.get_color(), linewidth=0.8, alpha=0.6)
     axes.set_xlabel("reward queries")
     axes.set_ylabel({"jpeg_kb": "JPEG size (kB)"}.get(args.key, args.key))
     axes.legend(frameon=False)

@@ -47,8 +47,9 @@ def phase_now():
     return "elsewhere"
 
 
-def kill_thread(seed, note):
-    """Kills this process at a random moment, having noted the phase. Which moment is a function of `seed`."""
+def kill_thread(seed, note, seconds):
+    """Kills this process at a random moment, having noted the phase. Which moment is a function of `seed`; `seconds` is
+    how long the sampling and training of a whole run take."""
     rng = random.Random(seed)
     target = rng.choice(["", "", "", "", "sampling", "reward", "update", "checkpoint"])
     if target:
@@ -64,13 +65,13 @@ def kill_thread(seed, note):
     else:
         while phase_now() != "sampling":
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 6))
+        time.sleep(rng.uniform(0, seconds))
     with open(note, "w") as f:
         json.dump({"target": target or "any", "phase": phase_now()}, f)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(arguments, log, seed=None, note=None):
+def run(arguments, log, seed=None, note=None, seconds=0):
     """train.py in a child process, which is forked: importing torch and diffusers takes longer than the run."""
     child = os.fork()
     if child == 0:
@@ -80,7 +81,7 @@ def run(arguments, log, seed=None, note=None):
             os.dup2(f.fileno(), 2)
         sys.argv = ["train.py", *arguments]
         if seed is not None:
-            threading.Thread(target=kill_thread, args=(seed, note), daemon=True).start()
+            threading.Thread(target=kill_thread, args=(seed, note, seconds), daemon=True).start()
         code = 1
         try:
             runpy.run_path("train.py", run_name="__main__")
@@ -135,7 +136,9 @@ def main():
     if run([*fresh, f"--config.run_dir={whole}"], os.path.join(work, "whole.log")):
         sys.exit(open(os.path.join(work, "whole.log")).read())
     expected = final_state(whole)
-    phases, differing, killed, number = collections.Counter(), [], 0, 0
+    with open(os.path.join(whole, "metrics.jsonl")) as f:
+        seconds = sum(json.loads(line)["seconds"] for line in f)
+    phases, differing, killed, number, attempts = collections.Counter(), [], 0, 0, 0
     bar = tqdm(total=args.kills, unit="kill")
     while killed < args.kills:
         run_dir = os.path.join(work, f"run{number}")
@@ -144,8 +147,8 @@ def main():
         while True:
             begun = os.path.exists(os.path.join(run_dir, "config.json"))
             arguments = [f"--config.resume={run_dir}"] if begun else [*fresh, f"--config.run_dir={run_dir}"]
-            seed = args.seed * 100_000 + killed if left else None
-            code = run(arguments, log, seed, note)
+            attempts += 1  # one that ended before its kill came is not tried again with the same moment
+            code = run(arguments, log, args.seed * 100_000 + attempts if left else None, note, seconds)
             if code == -signal.SIGKILL:
                 with open(note) as f:
                     phases[json.load(f)["phase"]] += 1

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -39,6 +40,7 @@ def run(train):
         if os.environ.get("DDPO_TRACEBACK") or not (isinstance(error, InputError) or full):
             raise
         if int(os.environ.get("RANK", 0)):  # what every process finds, process 0 says: its end ends the others
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(15)
         print(f"error: {error} (DDPO_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
         if any(thread.name == "reward" for thread in threading.enumerate()):  # it hangs, and would hold up the exit

@@ -72,6 +72,8 @@ def log_metrics(accelerator, run_dir, metrics):
         f.write(json.dumps(metrics) + "\n")
         f.flush()
         os.fsync(f.fileno())
+    if not accelerator.trackers:
+        return
     try:
         accelerator.log({k: v for k, v in metrics.items() if k != "epoch"}, step=metrics["epoch"])
     except Exception as error:

@@ -42,9 +42,9 @@ def make_clip(folder, projection_dim):
 
 
 SMALL = {  # a run of seconds
-    "threads": 1, "lora_rank": 4, "num_epochs": 2, "stop_reward": "inf", "grid_images": 2, "prompts": "common_animals",
-    "sample.num_steps": 3,
-    "sample.images_per_epoch": 8, "sample.batch_size": 4, "train.batch_size": 4, "train.updates_per_epoch": 2,
+    "threads": 1, "lora_rank": 4, "num_epochs": 2, "stop_reward": float("inf"), "grid_images": 2,
+    "prompts": "common_animals", "sample.num_steps": 3, "sample.images_per_epoch": 8, "sample.batch_size": 4,
+    "train.batch_size": 4, "train.updates_per_epoch": 2,
 }  # fmt: skip
 
 

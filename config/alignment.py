@@ -6,7 +6,7 @@ sees it.
     accelerate launch train.py --config config/alignment.py:one_gpu    (LoRA in small rounds: trl's post)
 
 Prompts: 45 animals washing the dishes, riding a bike or playing chess. LLaVA 1.5 13B runs in the training process by
-default, which takes 26 GB of its GPU in half precision; elsewhere: `--config.reward=alignment:http://HOST:PORT/v1`.
+default, whose 13 billion weights take 26 GB in half precision; elsewhere: `--config.reward=alignment:http://HOST:PORT/v1`.
 
 Not yet run on the real weights. The way to a server has been, with `transformers serve`.
 """

@@ -71,9 +71,9 @@ def train(config, preset):
     share = per_update // processes  # of which this process has so many
     mine = [u * per_update + rank * share + k for u in range(updates) for k in range(share)]
     trained_steps = round(opt.timestep_fraction * sample.num_steps)
-    # In half precision a batch composed otherwise gives other roundings, and they would look like a changed policy.
-    alike = sample.batch_size == opt.batch_size and share % opt.batch_size == 0
-    recompute = config.precision != "fp32" and not alike
+    # A batch composed otherwise may round otherwise, which would look like a changed policy: the old log-probs are then
+    # computed again as training will, so that the ratio is exactly 1 before any update.
+    recompute = sample.batch_size != opt.batch_size or share % opt.batch_size > 0
 
     first_epoch = 0
     if config.resume:
@@ -98,8 +98,8 @@ def train(config, preset):
     )
     if recompute:
         accelerator.print(
-            f"{config.precision}: sample.batch_size and train.batch_size compose batches differently, so old log-probs "
-            f"are computed again, which takes a forward pass. Equal sizes that divide {share} spare it"
+            "sample.batch_size and train.batch_size compose batches differently, so old log-probs are computed again, "
+            f"which takes a forward pass. Equal sizes that divide {share} spare it"
         )
 
     def draw_grid(epoch):
@@ -203,20 +203,24 @@ def train(config, preset):
                     p.grad = accelerator.reduce(p.grad, "sum")
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, opt.max_grad_norm)
+            # fp16's gradient overflows now and then: the scaler then skips the step and scales less.
+            overflow = scaler.is_enabled() and scaler.get_scale() >= 1 and accelerator.reduce(totals["loss"]).isfinite()
             if torch.isfinite(grad_norm):
                 grad_norms.append(float(grad_norm))
-            elif not scaler.is_enabled() or not totals["loss"].isfinite() or scaler.get_scale() < 1:
-                # (fp16's gradient overflows now and then: the scaler then skips the step and scales less.)
+            elif not overflow:
+                culprits = []
                 for row, column in transitions(inner, update, 1):
                     optimizer.zero_grad()
                     loss, _ = algorithm(log_prob_of(row, column), old_log_probs[row, column], advantages[row], opt)
                     loss.sum().backward()
                     if not all(p.grad.isfinite().all() for p in parameters if p.grad is not None):
+                        t, prompt = int(timesteps[column]), my_prompts[row]
+                        culprits.append(f"timestep {t} of {prompt!r} (loss {float(loss):.4g})")
                         break
+                culprits = gather_object(culprits) or ["no transition of its own, only in their sum"]
                 raise InputError(
-                    f"epoch {epoch}, update {update}: the gradient is not finite at timestep {int(timesteps[column])} "
-                    f"of {my_prompts[row]!r} (loss {float(loss):.4g}). Stopped before it reached the weights; a lower "
-                    "train.learning_rate or a higher precision may help"
+                    f"epoch {epoch}, update {update}: the gradient is not finite at {culprits[0]}. Stopped before it "
+                    "reached the weights; a lower train.learning_rate or a higher precision may help"
                 )
             scaler.step(optimizer)
             scaler.update()
@@ -225,7 +229,7 @@ def train(config, preset):
 
         # --------------------------------------------------------------------------------------------- log and save
         guards.check_processes_agree(accelerator, parameters, epoch + 1)
-        transitions = sample.images_per_epoch * trained_steps * opt.inner_epochs
+        transition_count = sample.images_per_epoch * trained_steps * opt.inner_epochs
         infos = gather_object([{key: float(value.sum()) for key, value in reward_info.items()}])
         seconds = time.time() - start
         metrics = {
@@ -236,7 +240,7 @@ def train(config, preset):
             "reward_mean": float(all_rewards.mean()),
             "reward_std": float(all_rewards.std()),
             "images_per_second": sample.images_per_epoch / seconds,
-            **{key: float(accelerator.reduce(value, "sum")) / transitions for key, value in totals.items()},
+            **{key: float(accelerator.reduce(value, "sum")) / transition_count for key, value in totals.items()},
             "ratio_error": float(accelerator.gather(ratio_error).max()),
             "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0,
         }

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import sys
 
 # transformers would say at import that torchvision is missing; no processor here needs it. policy.py turns warnings on.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -9,6 +10,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 class InputError(ValueError):
     """What the user gave cannot work. The message is one line that says what is wrong and what to do."""
+
+
+def run_script(main):
+    """Runs a script's main(); an InputError ends it with its one line and exit code 1."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
 
 
 def cpu_cores():

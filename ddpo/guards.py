@@ -75,14 +75,16 @@ def lock_run(run_dir):
     _locks.append(lock)
 
 
-def check_processes_agree(accelerator, parameters, first_epoch):
+def check_processes_agree(accelerator, parameters, epoch):
     """Raises InputError naming the processes whose weights are not those of process 0 to the bit, or that are at
     another epoch. Costs one pass over the weights: the sum of each one's bits, read as integers."""
+    if accelerator.num_processes == 1:
+        return
     sums = [int(s) for s in torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in parameters])]
-    states = gather_object([(first_epoch, sums)])
+    states = gather_object([(epoch, sums)])
     others = [rank for rank, state in enumerate(states) if state != states[0]]
     if others:
         raise InputError(
-            f"before epoch {first_epoch}, process(es) {', '.join(map(str, others))} hold other weights than process 0: "
+            f"before epoch {epoch}, process(es) {', '.join(map(str, others))} hold other weights than process 0: "
             "training would be meaningless. Do all of them read the same run folder and run the same code?"
         )

@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import random
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,8 +32,8 @@ from tqdm import tqdm
 
 from config.base import get_config
 from config.emoji import get_config as emoji_config
-from ddpo import InputError, prompts
-from ddpo.pipeline_logprob import sample_with_logprob
+from ddpo import InputError, prompts, run_script
+from ddpo.pipeline_logprob import draw_noise, sample_with_logprob
 from ddpo.policy import load_policy, load_weights
 from ddpo.reward_model import read_choices, read_jsonl
 from scripts.sample import open_run
@@ -61,12 +60,10 @@ def draw_pairs(policy, prompt_set, output, first, count, sample, seed=0):
         pairs = list(range(start, min(start + per_batch, count)))
         texts = [prompt_set[np.random.default_rng((seed, i, 1)).integers(len(prompt_set))][0] for i in pairs]
 
-        def noise(k):
-            torch_seed = int(np.random.SeedSequence((seed, pairs[k // 2], k % 2, 2)).generate_state(1, np.uint64)[0])
-            return torch.randn(shape, generator=torch.Generator().manual_seed(torch_seed))
-
         doubled = [text for text in texts for _ in range(2)]
-        pictures = sample_with_logprob(policy, doubled, noise, sample.guidance_scale, sample.eta).images
+        pictures = sample_with_logprob(
+            policy, doubled, lambda k: draw_noise(shape, seed, pairs[k // 2], k % 2), sample.guidance_scale, sample.eta
+        ).images
         for k, (i, text) in enumerate(zip(pairs, texts)):
             names = [f"images/{i:05d}{letter}.png" for letter in "ab"]
             for name, picture in zip(names, pictures[2 * k : 2 * k + 2]):
@@ -257,7 +254,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

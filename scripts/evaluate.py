@@ -10,16 +10,13 @@ trained without guidance draws with it.
 import argparse
 import json
 import os
-import sys
 
 import numpy as np
 import torch
 from transformers import AutoModelForImageClassification
 
-from ddpo import InputError, prompts, rewards
-from ddpo.pipeline_logprob import sample_with_logprob
-from ddpo.policy import load_weights
-from scripts.sample import open_run
+from ddpo import prompts, rewards, run_script
+from scripts.sample import base_and_finetuned, open_run
 
 
 @torch.no_grad()
@@ -47,18 +44,9 @@ def main():
     reward = rewards.get_reward(config.reward, policy.device, config.get("reward_options"))
     texts = [prompt for prompt, _ in prompts.common_animals()] * args.count
     animals = [text.split()[-1] for text in texts]
-    shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))
-
-    def noise(i):
-        return torch.randn(shape, generator=torch.Generator().manual_seed(args.seed + i))
-
-    guidance_scale = args.guidance_scale or sample.guidance_scale
-    result = {"pictures": len(texts), "guidance_scale": guidance_scale}
-    for name in ("base", "finetuned"):
-        if name == "finetuned":
-            load_weights(policy, folder)
-        options = (guidance_scale, sample.eta, sample.batch_size)
-        pictures = sample_with_logprob(policy, texts, noise, *options, progress=name).images
+    sample.guidance_scale = args.guidance_scale or sample.guidance_scale
+    result = {"pictures": len(texts), "guidance_scale": sample.guidance_scale}
+    for name, pictures in base_and_finetuned(policy, folder, texts, sample, args.seed):
         values, info = rewards.compute_rewards(reward, pictures, texts, [{}] * len(texts))
         named = named_animals(pictures, args.classifier)
         result[name] = {
@@ -72,7 +60,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -40,7 +40,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from ddpo import cpu_cores, emoji
+from ddpo import cpu_cores, emoji, use_cpu
 from scripts.make_random_model import make_scheduler
 
 MAX_TOKENS = 24  # the longest caption has 9
@@ -431,8 +431,7 @@ def main():
     parser.add_argument("--report_only", action="store_true", help="measure what stands in --output")
     args = parser.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
+    use_cpu(args.threads, 1)
     if args.report_only:
         return report(args)
     os.makedirs(args.work, exist_ok=True)

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +19,7 @@ from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
-from ddpo import InputError
+from ddpo import InputError, run_script
 from ddpo.checkpoint import list_checkpoints
 from ddpo.tracking import flatten
 from scripts.plot import read_metrics
@@ -156,7 +155,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -8,12 +8,11 @@ Writes the grid to RUN/images/samples.png (or --output): a row per prompt and mo
 import argparse
 import json
 import os
-import sys
 
 import torch
 from ml_collections import ConfigDict
 
-from ddpo import InputError, prompts
+from ddpo import InputError, prompts, run_script
 from ddpo.checkpoint import list_checkpoints
 from ddpo.pipeline_logprob import sample_with_logprob
 from ddpo.policy import load_policy, load_weights
@@ -36,8 +35,23 @@ def open_run(run, checkpoint=""):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     targets = config.lora_targets.replace(" ", "").split(",")
     policy = load_policy(config.model, config.lora_rank, config.precision, device, targets)  # a new LoRA adds nothing
-    policy.scheduler.set_timesteps(config.sample.num_steps)
     return config, policy, folders[checkpoint] if checkpoint else list_checkpoints(run)[-1]
+
+
+def base_and_finetuned(policy, folder, texts, sample, seed):
+    """Draws one picture per text, by the policy as it is and then with the weights in `folder`: ("base", PIL images),
+    ("finetuned", PIL images). The noise of picture i is that of generator seed + i, `sample` a run's config.sample."""
+    policy.scheduler.set_timesteps(sample.num_steps)
+    shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))
+
+    def noise(i):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed + i))
+
+    for name in ("base", "finetuned"):
+        if name == "finetuned":
+            load_weights(policy, folder)
+        options = (sample.guidance_scale, sample.eta, sample.batch_size)
+        yield name, sample_with_logprob(policy, texts, noise, *options, progress=name).images
 
 
 def main():
@@ -55,22 +69,12 @@ def main():
 
     config, policy, folder = open_run(args.run, args.checkpoint)
     sample = config.sample
+    sample.num_steps = args.steps or sample.num_steps
+    sample.guidance_scale = args.guidance_scale or sample.guidance_scale
+    sample.eta = sample.eta if args.eta < 0 else args.eta
     prompts.check_length(args.prompts, policy.pipe.tokenizer)
-    steps = args.steps or sample.num_steps
-    policy.scheduler.set_timesteps(steps)
-    shape = (steps + 1, *policy.latent_shape(sample.height, sample.width))
-
-    def noise(i):
-        return torch.randn(shape, generator=torch.Generator().manual_seed(args.seed * 10**6 + i))
-
     texts = [prompt for prompt in args.prompts for _ in range(args.count)]
-    pictures = {}
-    eta = sample.eta if args.eta < 0 else args.eta
-    guidance_scale = args.guidance_scale or sample.guidance_scale
-    for name in ("base", "finetuned"):
-        if name == "finetuned":
-            load_weights(policy, folder)
-        pictures[name] = sample_with_logprob(policy, texts, noise, guidance_scale, eta, sample.batch_size, name).images
+    pictures = dict(base_and_finetuned(policy, folder, texts, sample, args.seed * 10**6))
     images, labels = [], []
     for row in range(len(args.prompts)):
         for name, drawn in pictures.items():
@@ -82,7 +86,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

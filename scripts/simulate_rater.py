@@ -14,7 +14,6 @@ import argparse
 import csv
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -24,14 +23,12 @@ from PIL import Image
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from ddpo import InputError, prompts, rewards
-from ddpo.pipeline_logprob import sample_with_logprob
-from ddpo.policy import load_weights
+from ddpo import InputError, prompts, rewards, run_script
 from ddpo.reward_model import read_jsonl
 from ddpo.tracking import image_grid
 from scripts.annotate import shown
 from scripts.evaluate import named_animals
-from scripts.sample import open_run
+from scripts.sample import base_and_finetuned, open_run
 
 TEMPERATURE = 0.45  # in units of taste, whose standard deviation over the base model's pictures is about 1
 TIE = 0.15  # closer than this, in the rater's noisy eyes, is a tie
@@ -132,22 +129,11 @@ def measure(args):
     """The true taste, its parts, the tiny CLIP's alignment and the classifier's verdict on the same prompts and noise
     before and after a run. Writes RUN/taste.json, and RUN/images/taste.png with the first noise of some animals."""
     config, policy, folder = open_run(args.run, args.checkpoint)
-    sample = config.sample
     texts = [prompt for prompt, _ in prompts.common_animals()] * args.count
-    shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))
-
-    def noise(i):
-        return torch.randn(shape, generator=torch.Generator().manual_seed(2_000_000 + args.seed * 10**6 + i))
-
     judges = [config.reward] if config.reward != "clipscore:models/emoji/clip" else []
     judges = {name: rewards.get_reward(name) for name in [*judges, "clipscore:models/emoji/clip"]}
     result, grids = {"pictures": len(texts)}, []
-    for name in ("base", "finetuned"):
-        if name == "finetuned":
-            load_weights(policy, folder)
-        pictures = sample_with_logprob(
-            policy, texts, noise, sample.guidance_scale, sample.eta, sample.batch_size, progress=name
-        ).images
+    for name, pictures in base_and_finetuned(policy, folder, texts, config.sample, 2_000_000 + args.seed * 10**6):
         tastes = [taste(picture) for picture in pictures]
         named = named_animals(pictures, "models/emoji/classifier")
         result[name] = {
@@ -166,7 +152,4 @@ def measure(args):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

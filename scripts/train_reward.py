@@ -15,13 +15,12 @@ head that is saved is then trained on everything, for as many epochs (--no_refit
 import argparse
 import json
 import os
-import sys
 
 import matplotlib
 import numpy as np
 import torch
 
-from ddpo import InputError
+from ddpo import InputError, run_script
 from ddpo.reward_model import (
     VOTES,
     agreement,
@@ -179,7 +178,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -13,6 +13,7 @@ sys.path.insert(0, ".")
 from ddpo import rewards  # noqa: E402
 
 SABOTAGE, RANK = os.environ["SABOTAGE"], int(os.environ.get("RANK", "0"))
+IS_LAST_RANK = RANK == int(os.environ.get("WORLD_SIZE", "1")) - 1
 
 
 def raises(images, prompts, metadata):
@@ -60,7 +61,7 @@ elif SABOTAGE == "the gradient is not finite":
 
     def not_finite(log_prob, old_log_prob, advantage, config):
         loss, info = losses.ddpo_is(log_prob, old_log_prob, advantage, config)
-        return torch.where(advantage == advantage.max(), loss / 0, loss), info
+        return torch.where((advantage == advantage.max()) & IS_LAST_RANK, loss / 0, loss), info
 
     losses.ALGORITHMS["not_finite"] = not_finite
 elif SABOTAGE == "training has dropout":

@@ -61,7 +61,7 @@ elif SABOTAGE == "the gradient is not finite":
 
     def not_finite(log_prob, old_log_prob, advantage, config):
         loss, info = losses.ddpo_is(log_prob, old_log_prob, advantage, config)
-        return torch.where((advantage == advantage.max()) & IS_LAST_RANK, loss / 0, loss), info
+        return loss * torch.where((advantage == advantage.max()) & IS_LAST_RANK, torch.inf, 1.0), info
 
     losses.ALGORITHMS["not_finite"] = not_finite
 elif SABOTAGE == "training has dropout":

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, launch
+from conftest import run as run_command
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -122,7 +123,7 @@ def test_resume_passes_over_a_damaged_checkpoint_and_keeps_its_options(tiny, tmp
     (run / "checkpoints/epoch_0003/state.pt").write_bytes(b"cut short")
     (run / "checkpoints/epoch_0002/lora/pytorch_lora_weights.safetensors").write_bytes(b"cut short")
     command = [sys.executable, "train.py", f"--config.resume={run}", "--config.num_epochs=4"]  # no preset, no options
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = run_command(command)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("passing over") == 2 and [line["epoch"] for line in metrics(run)] == [0, 1, 2, 3]
     assert json.loads((run / "config.json").read_text())["lora_rank"] == 2

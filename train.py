@@ -4,6 +4,7 @@
 
 Each epoch: sample pictures with the current weights and record their denoising trajectories; score them; turn the
 scores into advantages; take a few policy-gradient steps on the single transitions (x_t, t) -> x_{t-1}; log; save.
+(Reward-weighted regression, for comparison, takes its steps on the denoising loss of the pictures' latents x_0.)
 
 Sample i of epoch e, its prompt and all its noise, is a function of (seed, e, i). It belongs to optimizer update
 i // samples_per_update, and each update's samples are split over the processes in order. So neither batch sizes nor the
@@ -23,11 +24,11 @@ from tqdm import tqdm
 from config.base import check
 from ddpo import InputError, choose, cli, guards, prompts, rewards, use_cpu
 from ddpo.checkpoint import load_checkpoint, save_checkpoint, truncate_metrics
-from ddpo.ddim_logprob import ddim_step_with_logprob
-from ddpo.losses import ALGORITHMS
-from ddpo.pipeline_logprob import draw_noise, predict_noise, sample_with_logprob
+from ddpo.ddim_logprob import step_stds
+from ddpo.losses import ALGORITHMS, TIMESTEPS
+from ddpo.pipeline_logprob import draw_noise, sample_log_prob, sample_with_logprob, step_log_prob
 from ddpo.policy import load_policy
-from ddpo.stat_tracking import PerPromptStatTracker
+from ddpo.stat_tracking import ADVANTAGES, PerPromptStatTracker
 from ddpo.tracking import image_grid, log_metrics, start_run, start_tracker
 
 GRID = 2**31  # the "epoch" whose noise the picture grids use
@@ -42,7 +43,9 @@ def train(config, preset):
     rank, processes = accelerator.process_index, accelerator.num_processes
     sample, opt = config.sample, config.train
     reward_fn = rewards.get_reward(config.reward, accelerator.device, config.reward_options)
-    algorithm = choose("algorithm", config.algorithm, ALGORITHMS)
+    weigh, algorithm, likelihood = choose("algorithm", config.algorithm, ALGORITHMS)
+    advantage = choose("advantage", config.advantage, ADVANTAGES)
+    choose_steps = choose("timestep choice", opt.timestep_choice, TIMESTEPS)
     prompt_set = prompts.get_prompts(config.prompts)
 
     device = accelerator.device
@@ -59,6 +62,10 @@ def train(config, preset):
     noise_shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))
 
     parameters = policy.trainable_parameters()
+    if opt.kl_weight:
+        policy.keep_base()
+    if opt.ema_decay:
+        policy.start_ema(opt.ema_decay)
     optimizer = torch.optim.AdamW(
         parameters, opt.learning_rate, (opt.adam_beta1, opt.adam_beta2), opt.adam_epsilon, opt.adam_weight_decay
     )
@@ -70,10 +77,15 @@ def train(config, preset):
     per_update = sample.images_per_epoch // updates  # samples in an update, over all processes
     share = per_update // processes  # of which this process has so many
     mine = [u * per_update + rank * share + k for u in range(updates) for k in range(share)]
-    trained_steps = round(opt.timestep_fraction * sample.num_steps)
+    # Of a sample whose own likelihood is trained, an update sees one timestep, drawn anew from all that there are.
+    trained_steps = round(opt.timestep_fraction * sample.num_steps) if likelihood == "step" else 1
+    guidance = sample.guidance_scale if opt.guidance else 1.0  # in training
+    stds = step_stds(policy.scheduler, sample.eta).to(device)
+    ratio_scale = stds / stds.mean() if opt.sigma_weighting else torch.ones_like(stds)
     # A batch composed otherwise may round otherwise, which would look like a changed policy: the old log-probs are then
     # computed again as training will, so that the ratio is exactly 1 before any update.
-    recompute = sample.batch_size != opt.batch_size or share % opt.batch_size > 0
+    unlike = sample.batch_size != opt.batch_size or share % opt.batch_size > 0
+    recompute = likelihood == "step" and (unlike or guidance != sample.guidance_scale)
 
     first_epoch = 0
     if config.resume:
@@ -96,7 +108,7 @@ def train(config, preset):
         f"epochs {first_epoch} to {config.num_epochs - 1}, each {sample.images_per_epoch} images of {sample.num_steps} "
         f"steps, {updates * opt.inner_epochs} updates of {per_update} x {trained_steps} transitions"
     )
-    if recompute:
+    if recompute and unlike:
         accelerator.print(
             "sample.batch_size and train.batch_size compose batches differently, so old log-probs are computed again, "
             f"which takes a forward pass. Equal sizes that divide {share} spare it"
@@ -106,10 +118,11 @@ def train(config, preset):
         """Pictures of the same prompts and noise in every epoch, on the main process."""
         if accelerator.is_main_process:
             texts = [prompt for prompt, _ in prompt_set[:: max(1, len(prompt_set) // config.grid_images)]]
-            pictures = sample_with_logprob(
-                policy, texts[: config.grid_images], lambda i: draw_noise(noise_shape, config.seed, GRID, i),
-                sample.guidance_scale, sample.eta, sample.batch_size, progress="grid",
-            ).images  # fmt: skip
+            with policy.averaged():
+                pictures = sample_with_logprob(
+                    policy, texts[: config.grid_images], lambda i: draw_noise(noise_shape, config.seed, GRID, i),
+                    sample.guidance_scale, sample.eta, sample.batch_size, progress="grid",
+                ).images  # fmt: skip
             image_grid(pictures, texts).save(os.path.join(run_dir, "images", f"epoch_{epoch:04d}.png"))
 
     scorer = ThreadPoolExecutor(1)
@@ -153,11 +166,11 @@ def train(config, preset):
         # Every process sees the whole round, in the order of the sample indices, and computes the same advantages.
         whole = sorted(gather_object(list(zip(mine, my_prompts, my_rewards.tolist()))))
         all_rewards = np.array([reward for _, _, reward in whole])
-        advantages = tracker.update([prompt for _, prompt, _ in whole], all_rewards)
+        all_prompts = [prompt for _, prompt, _ in whole]
+        weights = weigh(all_rewards, advantage(all_prompts, all_rewards, tracker), all_prompts, opt)[mine]
+        weights = torch.as_tensor(weights, dtype=torch.float32, device=device)
         if np.ptp(all_rewards) == 0:
             accelerator.print(f"warning: epoch {epoch}: the reward is {all_rewards[0]:g} for all: nothing to learn")
-        advantages = np.clip(advantages, -opt.advantage_clip, opt.advantage_clip)[mine]
-        advantages = torch.as_tensor(advantages, dtype=torch.float32, device=device)
 
         # -------------------------------------------------------------------------------------------------- updates
         prompt_embeds, negative_embeds = policy.embed(my_prompts), policy.embed([""])
@@ -168,35 +181,54 @@ def train(config, preset):
         def transitions(inner, update, batch_size):
             """Batches of (sample, step) indices of all transitions of an update, timestep by timestep: they are then
             composed as in sampling. Deviation from the port: timesteps are left out per update, not per sample."""
-            steps_rng = np.random.default_rng((config.seed, epoch, inner, update, 3))
-            steps = np.sort(steps_rng.choice(sample.num_steps, trained_steps, replace=False))
-            rows = torch.arange(update * share, (update + 1) * share, device=device).repeat(trained_steps)
-            columns = torch.as_tensor(steps, device=device).repeat_interleave(share)
-            return zip(rows.split(batch_size), columns.split(batch_size))
+            rng = np.random.default_rng((config.seed, epoch, inner, update, 3))
+            steps = choose_steps(rng, sample.num_steps, trained_steps)
+            rows = torch.arange(update * share, (update + 1) * share, device=device)
+            if likelihood == "sample":  # without those that count nothing; but every process needs a gradient to add
+                rows = rows[weights[rows] != 0] if weights[rows].any() else rows[:1]
+            columns = torch.as_tensor(steps, device=device).repeat_interleave(len(rows))
+            return zip(rows.repeat(trained_steps).split(batch_size), columns.split(batch_size))
 
-        def log_prob_of(row, column):
-            """log p_theta(x_{t-1} | x_t) of transitions under the current weights."""
-            x_t, x_next, t = latents[row, column], latents[row, column + 1], timesteps[column]
-            output = predict_noise(policy, x_t, t, prompt_embeds[row], negative_embeds, sample.guidance_scale)
-            return ddim_step_with_logprob(policy.scheduler, output, t, x_t, sample.eta, prev_sample=x_next)[1]
+        def log_prob_of(row, column, kl=False):
+            """log p_theta(x_{t-1} | x_t) of transitions under the current weights, and their KL from the base model."""
+            log_prob, kl = step_log_prob(
+                policy, latents[row, column], latents[row, column + 1], timesteps[column], prompt_embeds[row],
+                negative_embeds, guidance, sample.eta, kl,
+            )  # fmt: skip
+            return log_prob * ratio_scale[column], kl
 
+        def loss_of(inner, row, column):
+            """The losses (B,) of transitions, or of samples, and what to log of them."""
+            if likelihood == "step":
+                (log_prob, kl), old_log_prob = log_prob_of(row, column, opt.kl_weight > 0), old_log_probs[row, column]
+            else:
+                keys = [(config.seed, epoch, inner, mine[i]) for i in row.tolist()]
+                embeds = prompt_embeds[row], negative_embeds
+                log_prob, kl = sample_log_prob(policy, latents[row, -1], keys, *embeds, opt.prompt_dropout), None
+                old_log_prob = log_prob.detach()
+            loss, info = algorithm(log_prob, old_log_prob, weights[row], opt)
+            if kl is not None:
+                loss, info["kl_base"] = loss + opt.kl_weight * kl, kl.detach()
+            return loss, info | {"ratio_error": torch.expm1(log_prob.detach() - old_log_prob).abs()}
+
+        old_log_probs *= ratio_scale
         if recompute:
-            with torch.no_grad():
-                for update in range(updates):
-                    for row, column in transitions(0, update, opt.batch_size):
-                        old_log_probs[row, column] = log_prob_of(row, column)
+            passes = 1 if trained_steps == sample.num_steps else opt.inner_epochs  # which draw other steps
+            with torch.no_grad():  # the last pass first: a transition of several then has what the first will find
+                for inner, update in reversed(list(np.ndindex(passes, updates))):
+                    for row, column in transitions(inner, update, opt.batch_size):
+                        old_log_probs[row, column] = log_prob_of(row, column)[0]
 
         for inner, update in np.ndindex(opt.inner_epochs, updates):
             for row, column in transitions(inner, update, opt.batch_size):
-                log_prob = log_prob_of(row, column)
-                loss, info = algorithm(log_prob, old_log_probs[row, column], advantages[row], opt)
+                loss, info = loss_of(inner, row, column)
+                error = info.pop("ratio_error").max()
+                if inner == update == 0:  # nothing has been updated yet: the ratio should be 1
+                    ratio_error = torch.maximum(ratio_error, error)
                 # Summed over the processes' batches, this is the mean over the update's transitions.
                 scaler.scale(loss.sum() / (per_update * trained_steps)).backward()
                 for key, value in {"loss": loss.detach(), **info}.items():
                     totals[key] = totals.get(key, 0) + value.sum()
-                if inner == update == 0:  # nothing has been updated yet: the ratio should be 1
-                    error = torch.expm1(log_prob.detach() - old_log_probs[row, column]).abs().max()
-                    ratio_error = torch.maximum(ratio_error, error)
                 bar.update(len(row))
             if processes > 1:
                 for p in parameters:
@@ -208,22 +240,16 @@ def train(config, preset):
             if torch.isfinite(grad_norm):
                 grad_norms.append(float(grad_norm))
             elif not overflow:
-                culprits = []
-                for row, column in transitions(inner, update, 1):
-                    optimizer.zero_grad()
-                    loss, _ = algorithm(log_prob_of(row, column), old_log_probs[row, column], advantages[row], opt)
-                    loss.sum().backward()
-                    if not all(p.grad.isfinite().all() for p in parameters if p.grad is not None):
-                        t, prompt = int(timesteps[column]), my_prompts[row]
-                        culprits.append(f"timestep {t} of {prompt!r} (loss {float(loss):.4g})")
-                        break
-                culprits = gather_object(culprits) or ["no transition of its own, only in their sum"]
-                raise InputError(
-                    f"epoch {epoch}, update {update}: the gradient is not finite at {culprits[0]}. Stopped before it "
-                    "reached the weights; a lower train.learning_rate or a higher precision may help"
+                names = "timestep {} of {!r}" if likelihood == "step" else "a timestep of {1!r}"
+                singles = (
+                    (loss_of(inner, row, column)[0], names.format(int(timesteps[column]), my_prompts[row]))
+                    for row, column in transitions(inner, update, 1)
                 )
+                guards.blame_gradient(parameters, singles, f"epoch {epoch}, update {update}")
             scaler.step(optimizer)
             scaler.update()
+            if policy.ema:
+                policy.ema.step(parameters)
             optimizer.zero_grad()
         bar.close()
 

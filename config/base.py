@@ -30,7 +30,8 @@ def get_config():
     config.lora_rank = 4  # 0: full finetuning
     config.lora_targets = "to_q,to_k,to_v,to_out.0"  # module names of the UNet, comma-separated
     config.precision = "fp32"  # of the network: fp32, tf32, bf16, fp16. Trained weights are float32 in all
-    config.algorithm = "ddpo_is"  # a function of ddpo/losses.py
+    config.algorithm = "ddpo_is"  # of ddpo/losses.py: ddpo_is, ddpo_sf, ddpo_smooth, rwr, rwr_sparse
+    config.advantage = "per_prompt"  # of ddpo/stat_tracking.py: per_prompt, per_group, leave_one_out, whole_round
     config.reward = "jpeg_compressibility"  # of ddpo/rewards.py: NAME, NAME:MODEL, or "pickscore + 0.1*hpsv2"
     config.reward_timeout = 0.0  # seconds that scoring sample.batch_size pictures may take; 0: no limit
     config.prompts = "imagenet_animals"  # a function of ddpo/prompts.py, or a text file with one prompt a line
@@ -55,7 +56,7 @@ def get_config():
     options.timeout = 60.0  # seconds that one request to such a server may take
     options.concurrency = 16  # requests at a time
 
-    config.stats = stats = ConfigDict()  # advantages per prompt, see ddpo/stat_tracking.py
+    config.stats = stats = ConfigDict()  # of the advantage per_prompt, see ddpo/stat_tracking.py
     stats.buffer_size = 32  # rewards kept per prompt
     stats.min_count = 16  # below that many, a prompt is normalised by the whole round
     stats.max_age = 10  # rounds after which a kept reward is forgotten; 0: never (the paper)
@@ -72,8 +73,17 @@ def get_config():
     train.adam_epsilon = 1e-8
     train.max_grad_norm = 1.0
     train.clip_range = 1e-4  # of the importance ratio of a step; tied to the latent's size, see README
+    train.inverse_temperature = 5.0  # rwr: a sample weighs exp(this * reward)
+    train.keep_percentile = 90.0  # rwr_sparse: of the rewards, above which a sample is kept
+    train.weight_per_prompt = False  # rwr, rwr_sparse: compare a sample with those of its prompt, not with its round
+    train.prompt_dropout = 0.1  # rwr, rwr_sparse: share of samples trained without prompt, as the base model was
     train.advantage_clip = 5.0  # advantages are clipped to +-this
-    train.timestep_fraction = 1.0  # share of the T steps that are trained on, drawn anew for each update
+    train.timestep_fraction = 1.0  # share of the T steps that are trained on
+    train.timestep_choice = "random"  # which: random, window, first; the former two drawn anew for each update
+    train.guidance = True  # False: guidance in sampling only; training scores the steps again without
+    train.kl_weight = 0.0  # of each step's KL from the base model, added to the loss (DPOK); a second forward pass
+    train.sigma_weighting = False  # log-ratio * sigma_t / its mean: steps with little noise would else be clipped first
+    train.ema_decay = 0.0  # of the moving average of the weights that is drawn and saved; 0: the weights themselves
     return config.lock()  # a preset that misspells a key fails
 
 
@@ -101,6 +111,27 @@ def check(config, processes=1):
     ):  # fmt: skip
         if value < lowest:
             raise InputError(f"{name} = {value} must be at least {lowest}")
+    for name, value, highest in (
+        ("train.inverse_temperature", train.inverse_temperature, math.inf),
+        ("train.kl_weight", train.kl_weight, math.inf), ("train.keep_percentile", train.keep_percentile, 100),
+        ("train.prompt_dropout", train.prompt_dropout, 1), ("train.ema_decay", train.ema_decay, 1),
+    ):  # fmt: skip
+        if not 0 <= value <= highest:
+            raise InputError(f"{name} = {value} must be at least 0" + (f", at most {highest}" if highest < 101 else ""))
+    updates = train.updates_per_epoch * train.inner_epochs
+    if config.algorithm == "ddpo_sf" and updates > 1:
+        raise InputError(
+            f"ddpo_sf makes one update a round, not {updates}: its gradient holds only at the weights that sampled. "
+            "Use train.updates_per_epoch=1 and train.inner_epochs=1, or ddpo_is"
+        )
+    if config.algorithm in ("rwr", "rwr_sparse") and train.kl_weight:
+        raise InputError(
+            f"train.kl_weight = {train.kl_weight}: {config.algorithm} scores no steps that could be compared"
+        )
+    if config.advantage in ("per_group", "leave_one_out") and sample.images_per_prompt == 1:
+        raise InputError(
+            f"advantage {config.advantage} compares images of one prompt: set sample.images_per_prompt to 2 or more"
+        )
     for name in ("learning_rate", "clip_range", "advantage_clip", "max_grad_norm", "timestep_fraction"):
         if not train[name] > 0:
             raise InputError(f"train.{name} = {train[name]} must be greater than 0")

@@ -1,9 +1,9 @@
 """Saving and resuming a run.
 
 RUN/checkpoints/epoch_0010/ holds the weights after 10 epochs (lora/ or unet/, for anyone to load) and state.pt, the
-trainer's own: optimizer, gradient scaler and reward statistics. There is no generator to save, since all randomness
-is a function of (seed, epoch, sample). A checkpoint is written beside its place and renamed when it is whole, and only
-then are older ones removed.
+trainer's own: optimizer, gradient scaler, reward statistics, and the weights themselves where lora/ or unet/ holds
+their moving average. There is no generator to save, since all randomness is a function of (seed, epoch, sample). A
+checkpoint is written beside its place and renamed when it is whole, and only then are older ones removed.
 """
 
 import glob
@@ -31,9 +31,12 @@ def save_checkpoint(run_dir, epoch, policy, optimizer, scaler, tracker, keep):
     for left in glob.glob(os.path.join(glob.escape(run_dir), "checkpoints", "*" + TEMPORARY)):  # by a run killed here
         shutil.rmtree(left, ignore_errors=True)
     state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "tracker": tracker.state_dict()}
+    if policy.ema:
+        state |= {"ema": policy.ema.state_dict(), "weights": [p.detach() for p in policy.trainable_parameters()]}
     try:
         os.makedirs(temporary)
-        save_weights(policy, temporary)
+        with policy.averaged():
+            save_weights(policy, temporary)
         torch.save({**state, "epoch": epoch}, os.path.join(temporary, "state.pt"))
         for parent, _, files in os.walk(temporary):
             for name in files:
@@ -84,6 +87,15 @@ def load_checkpoint(run_dir, policy, optimizer, scaler, tracker):
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else repr(error)
             PartialState().print(f"passing over {folder}, which cannot be read: {reason}", flush=True)
             continue
+        if "ema" in state:
+            with torch.no_grad():
+                for p, value in zip(policy.trainable_parameters(), state["weights"]):
+                    p.copy_(value)
+        if policy.ema:
+            policy.start_ema(policy.ema.decay)  # from the weights just read, unless there is an average already
+            if "ema" in state:
+                policy.ema.load_state_dict(state["ema"] | {"decay": policy.ema.decay})
+                policy.ema.to(policy.device)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         tracker.load_state_dict(state["tracker"])

@@ -65,6 +65,12 @@ def ddim_step_mean_std(scheduler, model_output, timestep, sample, eta):
     return mean, std
 
 
+def step_stds(scheduler, eta):
+    """sigma_t of the T steps of a sampler: (T,) float32."""
+    zeros = torch.zeros(len(scheduler.timesteps), 1)
+    return ddim_step_mean_std(scheduler, zeros, scheduler.timesteps, zeros, eta)[1].flatten()
+
+
 def ddim_step_with_logprob(scheduler, model_output, timestep, sample, eta, prev_sample=None, noise=None):
     """Takes a DDIM step, or scores one that was taken.
 
@@ -89,3 +95,18 @@ def ddim_step_with_logprob(scheduler, model_output, timestep, sample, eta, prev_
     log_prob = -(((prev_sample - mean) / safe_std) ** 2) / 2 - safe_std.log() - 0.5 * math.log(2 * math.pi)
     log_prob = torch.where(deterministic, 0.0, log_prob).mean(dim=tuple(range(1, mean.ndim)))
     return prev_sample, log_prob
+
+
+def ddim_step_kl(scheduler, model_output, base_output, timestep, sample, eta):
+    """KL(p_theta || p_base) of the step from x_t, two Gaussians of one variance: (mu_theta - mu_base)^2 / (2 sigma^2).
+
+    Args:
+        model_output, base_output: (B, C, H, W), the output of the network and of the base network for the same x_t.
+        scheduler, timestep, sample, eta: as for `ddim_step_mean_std`.
+    Returns:
+        (B,) float32, like the log-prob averaged over dimensions; 0 for a deterministic step.
+    """
+    mean, std = ddim_step_mean_std(scheduler, model_output, timestep, sample, eta)
+    base_mean, _ = ddim_step_mean_std(scheduler, base_output, timestep, sample, eta)
+    kl = (mean - base_mean) ** 2 / (2 * torch.where(std == 0, 1.0, std) ** 2)
+    return torch.where(std == 0, 0.0, kl).mean(dim=tuple(range(1, mean.ndim)))

@@ -75,6 +75,24 @@ def lock_run(run_dir):
     _locks.append(lock)
 
 
+def blame_gradient(parameters, losses, where):
+    """Raises the InputError of an update whose gradient is not finite, which names the first culprit of any process.
+    losses: (loss (1,), name) of each of this process's transitions, one after another."""
+    culprits = []
+    for loss, name in losses:
+        for p in parameters:
+            p.grad = None
+        loss.sum().backward()
+        if not all(p.grad.isfinite().all() for p in parameters if p.grad is not None):
+            culprits.append(f"{name} (loss {float(loss):.4g})")
+            break
+    culprits = gather_object(culprits) or ["no transition of its own, only in their sum"]
+    raise InputError(
+        f"{where}: the gradient is not finite at {culprits[0]}. Stopped before it reached the weights; a lower "
+        "train.learning_rate or a higher precision may help"
+    )
+
+
 def check_processes_agree(accelerator, parameters, epoch):
     """Raises InputError naming the processes whose weights are not those of process 0 to the bit, or that are at
     another epoch. Costs one pass over the weights: the sum of each one's bits, read as integers."""

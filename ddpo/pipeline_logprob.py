@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ddpo.ddim_logprob import ddim_step_with_logprob
+from ddpo.ddim_logprob import ddim_step_kl, ddim_step_with_logprob
 
 
 class Trajectories(NamedTuple):
@@ -23,10 +23,59 @@ class Trajectories(NamedTuple):
     timesteps: torch.Tensor  # (T,) the scheduler's timesteps, falling
 
 
+def _generator(*key):
+    """Of the CPU, so that what it draws is the same on every device."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
 def draw_noise(shape, seed, epoch, index):
-    """All standard normal noise of sample `index` of an epoch. Drawn on the CPU, so the same on every device."""
-    torch_seed = int(np.random.SeedSequence((seed, epoch, index, 2)).generate_state(1, np.uint64)[0])
-    return torch.randn(shape, generator=torch.Generator().manual_seed(torch_seed))
+    """All standard normal noise of sample `index` of an epoch."""
+    return torch.randn(shape, generator=_generator(seed, epoch, index, 2))
+
+
+def step_log_prob(policy, x_t, x_next, timesteps, prompt_embeds, negative_embeds, guidance_scale, eta, with_kl=False):
+    """log p_theta(x_{t-1} | x_t, c) of B steps that were taken, from `x_t` to `x_next`, (B, C, H, W) each.
+
+    Other arguments: as for `predict_noise` and `ddim_step_with_logprob`.
+    Returns:
+        log_prob (B,) float32, and KL(p_theta || p_base) of the steps (B,) if `with_kl`, else None.
+    """
+    arguments = (policy, x_t, timesteps, prompt_embeds, negative_embeds, guidance_scale)
+    output, kl = predict_noise(*arguments), None
+    _, log_prob = ddim_step_with_logprob(policy.scheduler, output, timesteps, x_t, eta, prev_sample=x_next)
+    if with_kl:
+        with torch.no_grad(), policy.base():
+            base_output = predict_noise(*arguments)
+        kl = ddim_step_kl(policy.scheduler, output, base_output, timesteps, x_t, eta)
+    return log_prob, kl
+
+
+def sample_log_prob(policy, x_0, keys, prompt_embeds, negative_embeds, prompt_dropout):
+    """What base models are trained to raise: minus the denoising error, which bounds log p_theta(x_0 | c) from below up
+    to weights of the timesteps (DDPM, arXiv 2006.11239, section 3.4).
+
+    log_prob = -mean (network(x_t, t, c) - target)^2,  x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) noise
+
+    with t uniform over the training timesteps and the target by `prediction_type`: noise, v or x_0.
+
+    Args:
+        x_0: (B, C, H, W), latents.
+        keys: B tuples of integers, each of which alone determines its sample's t, noise and dropout.
+        prompt_embeds, negative_embeds: as for `predict_noise`.
+        prompt_dropout: share of the samples that get the empty prompt instead, which keeps guidance working.
+    Returns:
+        (B,) float32.
+    """
+    scheduler, drawn = policy.scheduler, []
+    for key in keys:
+        generator = _generator(*key, 4)
+        t = torch.randint(scheduler.config.num_train_timesteps, (), generator=generator)
+        drawn.append((t, torch.rand((), generator=generator), torch.randn(x_0.shape[1:], generator=generator)))
+    t, dropout, noise = (torch.stack(values).to(x_0.device) for values in zip(*drawn))
+    embeds = torch.where((dropout < prompt_dropout)[:, None, None], negative_embeds, prompt_embeds)
+    target = {"epsilon": noise, "v_prediction": scheduler.get_velocity(x_0, noise, t), "sample": x_0}
+    error = policy.forward(scheduler.add_noise(x_0, noise, t), t, embeds) - target[scheduler.config.prediction_type]
+    return -(error**2).mean(dim=(1, 2, 3))
 
 
 def predict_noise(policy, latents, timesteps, prompt_embeds, negative_embeds, guidance_scale):

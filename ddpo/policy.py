@@ -7,11 +7,14 @@ keep frozen weights (all of the UNet, for LoRA) in half precision too. "tf32" is
 products. The VAE has float32 weights in every mode: it runs once per picture, and in half precision it overflows.
 """
 
+import contextlib
+import copy
 import os
 
 import torch
 import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 from diffusers.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -31,6 +34,7 @@ class Policy:
         self.pipe, self.device, self.lora_rank = pipe, torch.device(device), lora_rank
         self.dtype = choose("precision", precision, PRECISIONS)
         self.unet, self.vae, self.scheduler = pipe.unet, pipe.vae, pipe.scheduler
+        self.ema = self._base_unet = None
         self._embeddings = {}
 
     def forward(self, latents, timesteps, prompt_embeds):
@@ -48,6 +52,45 @@ class Policy:
 
     def trainable_parameters(self):
         return [p for p in self.unet.parameters() if p.requires_grad]
+
+    def keep_base(self):
+        """Keeps what `base` needs, before any weight changes: for full finetuning a copy of the UNet, in the policy's
+        precision; a LoRA can just be left out."""
+        if not self.lora_rank:
+            self._base_unet = copy.deepcopy(self.unet).requires_grad_(False).to(self.dtype)
+
+    @contextlib.contextmanager
+    def base(self):
+        """Within it, `forward` is the base model's."""
+        trained = self.unet
+        if self.lora_rank:
+            trained.disable_adapters()
+        else:
+            self.unet = self._base_unet
+        try:
+            yield
+        finally:
+            if self.lora_rank:
+                trained.enable_adapters()
+            self.unet = trained
+
+    def start_ema(self, decay):
+        """Starts a moving average of the trained weights; `self.ema.step(parameters)` after every update carries it on.
+        The average over the first n updates decays by (1 + n) / (10 + n) if that is less."""
+        self.ema = EMAModel(self.trainable_parameters(), decay=decay)
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """Within it, the trained weights are their moving average, if there is one."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.trainable_parameters())
+        self.ema.copy_to(self.trainable_parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.trainable_parameters())
 
     def latent_shape(self, height=0, width=0):
         """(C, H, W) of the latent of a picture of height x width pixels; 0 is the model's own size."""

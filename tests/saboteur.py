@@ -59,11 +59,11 @@ elif SABOTAGE == "ranks drift apart" and RANK == 1:
 elif SABOTAGE == "the gradient is not finite":
     from ddpo import losses
 
-    def not_finite(log_prob, old_log_prob, advantage, config):
-        loss, info = losses.ddpo_is(log_prob, old_log_prob, advantage, config)
-        return loss * torch.where((advantage == advantage.max()) & IS_LAST_RANK, torch.inf, 1.0), info
+    def not_finite(log_prob, old_log_prob, weight, config):
+        loss, info = losses.ddpo_is(log_prob, old_log_prob, weight, config)
+        return loss * torch.where((weight == weight.max()) & IS_LAST_RANK, torch.inf, 1.0), info
 
-    losses.ALGORITHMS["not_finite"] = not_finite
+    losses.ALGORITHMS["not_finite"] = losses.ALGORITHMS["ddpo_is"]._replace(loss=not_finite)
 elif SABOTAGE == "training has dropout":
     import ddpo.pipeline_logprob as pipeline
 

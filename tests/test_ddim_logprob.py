@@ -3,9 +3,9 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from torch.distributions import Normal
+from torch.distributions import Normal, kl_divergence
 
-from ddpo.ddim_logprob import ddim_step_mean_std, ddim_step_with_logprob
+from ddpo.ddim_logprob import ddim_step_kl, ddim_step_mean_std, ddim_step_with_logprob, step_stds
 
 
 def make_scheduler(steps, prediction_type="epsilon", **options):
@@ -96,3 +96,18 @@ def test_dynamic_thresholding_is_refused():
     scheduler = make_scheduler(10, thresholding=True)
     with pytest.raises(NotImplementedError, match="thresholding"):
         ddim_step_mean_std(scheduler, torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 4, 8, 8), 1.0)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_kl_is_that_of_the_normals(prediction_type):
+    scheduler = make_scheduler(10, prediction_type)
+    sample, output, base = torch.randn(3, 10, 4, 8, 8)
+    kl = ddim_step_kl(scheduler, output, base, scheduler.timesteps, sample, 0.7)
+    mean, std = ddim_step_mean_std(scheduler, output, scheduler.timesteps, sample, 0.7)
+    base_mean, _ = ddim_step_mean_std(scheduler, base, scheduler.timesteps, sample, 0.7)
+    expected = kl_divergence(Normal(mean, std), Normal(base_mean, std)).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(kl, expected)
+    torch.testing.assert_close(step_stds(scheduler, 0.7), std.flatten())
+    assert not ddim_step_kl(
+        scheduler, output, base, scheduler.timesteps, sample, 0.0
+    ).any()  # deterministic: no density

@@ -1,29 +1,137 @@
-"""The algorithms against the policy gradient written out."""
+"""The algorithms against the policy gradient and against closed forms.
+
+The toy is a Gaussian policy N(theta, s^2) on one dimension. With the reward r(x) = -(x - a)^2 the objective is
+J(theta) = -(theta - a)^2 - s^2, its gradient -2 (theta - a). With r(x) = b x, weighing samples by exp(beta r) shifts
+their mean by beta b s^2; keeping those above a quantile gives a truncated normal.
+"""
 
 from types import SimpleNamespace
 
+import numpy as np
+import pytest
 import torch
+from torch.distributions import Normal
 
-from ddpo.losses import ddpo_is
+from ddpo import losses
+from ddpo.losses import ALGORITHMS, ddpo_is, ddpo_sf, ddpo_smooth
+from ddpo.stat_tracking import leave_one_out, per_group
 
-CONFIG = SimpleNamespace(clip_range=1e-2)
+CONFIG = SimpleNamespace(
+    clip_range=1e-2, advantage_clip=1e9, inverse_temperature=0.7, keep_percentile=90.0, weight_per_prompt=False
+)
+THETA, S, A, B = 0.4, 0.8, 1.5, 1.3
+NO_CLIP = SimpleNamespace(clip_range=1e9)
+
+
+def draw(count, theta=THETA):
+    return Normal(theta, S).sample((count,)).double()
+
+
+def gradients(x, theta, algorithm, weight, old_theta=None, config=CONFIG):
+    """Minus the gradient of each sample's loss with respect to theta."""
+    theta = torch.full((len(x),), theta, dtype=torch.float64, requires_grad=True)
+    old_theta = theta.detach() if old_theta is None else torch.tensor(old_theta, dtype=torch.float64)
+    log_prob, old = Normal(theta, S).log_prob(x), Normal(old_theta, S).log_prob(x)
+    loss, _ = algorithm(log_prob, old, torch.as_tensor(weight), config)
+    return -torch.autograd.grad(loss.sum(), theta)[0]
+
+
+def assert_mean(values, expected):
+    """The mean lies within four standard errors of the closed form, and they are small enough to mean something."""
+    error = values.std() / len(values) ** 0.5
+    assert abs(values.mean() - expected) < 4 * error < 0.2 * abs(expected)
+
+
+def weigh(name, rewards, prompts=None):
+    return ALGORITHMS[name].weigh(np.asarray(rewards), np.asarray(rewards), prompts or ["a"] * len(rewards), CONFIG)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name", ["ddpo_is", "ddpo_sf", "ddpo_smooth"])
+def test_policy_gradient_has_its_closed_form(name):
+    x = draw(200_000)
+    weight = weigh(name, -((x - A) ** 2))
+    assert_mean(gradients(x, THETA, ALGORITHMS[name].loss, weight), -2 * (THETA - A))
+
+
+def test_importance_ratio_corrects_for_older_samples():
+    """Samples of N(theta', s^2), gradient at theta: the unclipped ratio gives that of J at theta, the score function
+    another, which is why it is allowed one update."""
+    older = THETA - 0.2
+    x = draw(400_000, older)
+    reward = -((x - A) ** 2)
+    assert_mean(gradients(x, THETA, ddpo_is, reward, older, NO_CLIP), -2 * (THETA - A))
+    wrong = gradients(x, THETA, ddpo_sf, reward, older)
+    assert abs(wrong.mean() + 2 * (THETA - A)) > 20 * wrong.std() / len(x) ** 0.5
+
+
+@pytest.mark.parametrize("advantage, share", [(leave_one_out, 1), (per_group, 3 / 4)])
+def test_baselines_of_a_group(advantage, share, monkeypatch):
+    """Leave-one-out is unbiased. The group's own mean takes 1/K off, since it includes the sample (here K = 4, without
+    the division by the standard deviation, whose effect has no closed form)."""
+    monkeypatch.setattr("ddpo.stat_tracking._normalise", lambda rewards, reference: rewards - reference.mean())
+    x = draw(40_000)
+    rewards = -((x - A) ** 2)
+    groups = [advantage(["a"] * 4, r.numpy(), None) for r in rewards.reshape(-1, 4)]
+    values = gradients(x, THETA, ddpo_sf, np.concatenate(groups))
+    assert_mean(values.reshape(-1, 4).mean(1), -2 * (THETA - A) * share)
+
+
+def test_rwr_shifts_the_mean_as_the_tilted_gaussian():
+    """The gradient of E_w[log p] is (E_w[x] - theta) / s^2, with E_w[x] = theta + beta b s^2."""
+    x = draw(200_000)
+    weight = weigh("rwr", B * x)
+    assert weight.mean() == pytest.approx(1)
+    assert_mean(gradients(x, THETA, ALGORITHMS["rwr"].loss, weight), CONFIG.inverse_temperature * B)
+
+
+def test_rwr_sparse_is_the_truncated_gaussian():
+    """E[x | x > q] = theta + s pdf(z) / (1 - cdf(z)), z the standard normal's quantile at 0.9."""
+    x = draw(200_000)
+    weight = weigh("rwr_sparse", B * x)
+    assert len(np.unique(weight)) == 2 and (weight > 0).mean() == pytest.approx(0.1, rel=1e-3)
+    assert weight.mean() == pytest.approx(1)
+    unit = Normal(0.0, 1.0)
+    pdf = unit.log_prob(unit.icdf(torch.tensor(0.9))).exp()
+    assert_mean(gradients(x, THETA, ALGORITHMS["rwr_sparse"].loss, weight), float(pdf) / 0.1 / S)
+
+
+def test_inverse_temperature_zero_weighs_all_alike(monkeypatch):
+    monkeypatch.setattr(CONFIG, "inverse_temperature", 0.0)
+    assert np.array_equal(weigh("rwr", np.random.default_rng(0).normal(size=20)), np.ones(20))
+
+
+def test_weights_within_a_prompt(monkeypatch):
+    """Each prompt as if it were a round of its own, however far apart the prompts' rewards are."""
+    monkeypatch.setattr(CONFIG, "weight_per_prompt", True)
+    rewards = np.random.default_rng(0).normal(size=40)
+    prompts = ["a", "b"] * 20
+    for name in ("rwr", "rwr_sparse"):
+        together = weigh(name, rewards + 1000 * (np.arange(40) % 2), prompts)
+        for i in (0, 1):
+            np.testing.assert_allclose(together[i::2], weigh(name, rewards[i::2]), rtol=1e-9)
 
 
 def gaussian_log_prob(theta, x):
     return (-((x - theta) ** 2) / 2).mean(dim=1)
 
 
-def test_gradient_before_any_update_is_the_policy_gradient():
-    """At the old policy the ratio is 1 and grad loss = -E[A grad log p], which for unit Gaussians is -A (x - theta)."""
+@pytest.mark.parametrize("algorithm", [ddpo_is, ddpo_smooth, ddpo_sf])
+def test_gradient_before_any_update_is_the_policy_gradient(algorithm):
+    """At the old policy grad loss = -E[A grad log p], which for unit Gaussians is -A (x - theta): so all three agree,
+    sample by sample."""
     theta = torch.randn(8, requires_grad=True)
     x, advantage = torch.randn(5, 8), torch.randn(5)
     log_prob = gaussian_log_prob(theta, x)
-    loss, info = ddpo_is(log_prob, log_prob.detach(), advantage, CONFIG)
+    loss, info = algorithm(log_prob, log_prob.detach(), advantage, CONFIG)
     (gradient,) = torch.autograd.grad(loss.mean(), theta)
     expected = -(advantage[:, None] * (x - theta) / 8).mean(dim=0)
     torch.testing.assert_close(gradient, expected.detach())
-    assert torch.equal(loss.detach(), -advantage)
-    assert not info["clip_fraction"].any() and not info["approx_kl"].any()
+    assert not any(value.any() for value in info.values())
 
 
 def test_clipping_stops_the_gradient_only_where_it_would_overshoot():
@@ -36,3 +144,27 @@ def test_clipping_stops_the_gradient_only_where_it_would_overshoot():
     assert info["clip_fraction"].tolist() == [1, 1, 1, 1, 0, 0]
     moving = gradient != 0
     torch.testing.assert_close(gradient[moving], (-advantage * shift.exp())[moving].detach())
+
+
+@pytest.mark.parametrize("advantage", [2.0, -0.5])
+def test_the_smooth_penalty_draws_back_what_overshot(advantage):
+    """The loss falls up to a ratio of 1 + sign(A) clip_range, where the clip begins, and rises beyond it."""
+    edge = 1 + np.sign(advantage) * CONFIG.clip_range
+    for offset, falls in ((-0.5 * CONFIG.clip_range, True), (0.0, None), (0.5 * CONFIG.clip_range, False)):
+        ratio = edge + np.sign(advantage) * offset
+        shift = torch.tensor([np.log(ratio)], requires_grad=True)
+        loss, _ = ddpo_smooth(shift, torch.zeros(1), torch.tensor([advantage]), CONFIG)
+        slope = float(torch.autograd.grad(loss.sum(), shift)[0]) * np.sign(advantage)  # along A
+        assert abs(slope) < 1e-9 if falls is None else (slope < 0) == falls
+
+
+def test_timestep_choices():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        for name, rule in losses.TIMESTEPS.items():
+            steps = rule(rng, 10, 4)
+            assert len(set(steps)) == 4 and (np.diff(steps) > 0).all() and 0 <= steps[0] and steps[-1] < 10
+            assert name == "random" or steps[-1] - steps[0] == 3
+            assert name != "first" or steps[0] == 0
+    starts = {int(losses.window_of_steps(np.random.default_rng(s), 10, 4)[0]) for s in range(100)}
+    assert starts == set(range(7))

@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from ddpo import InputError
 from ddpo.ddim_logprob import ddim_step_with_logprob
-from ddpo.pipeline_logprob import predict_noise, sample_with_logprob
+from ddpo.pipeline_logprob import predict_noise, sample_log_prob, sample_with_logprob, step_log_prob
 from ddpo.policy import load_policy, load_weights, save_weights
 
 MODES = [(r, p) for r in (0, 4) for p in ("fp32", "bf16")]
@@ -223,3 +223,87 @@ def test_scheduler_of_another_sampler_becomes_ddim(tiny, tmp_path, said):
     assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
     for key in ("clip_sample", "steps_offset", "set_alpha_to_one", "prediction_type", "timestep_spacing"):
         assert ours.config[key] == theirs.config[key], key
+
+
+@pytest.mark.parametrize("rank, precision", MODES)
+def test_base_is_the_base_model_whatever_has_been_trained(tiny, rank, precision):
+    policy = load_policy(tiny, rank, precision, "cpu")
+    policy.keep_base()
+    start = guided(policy)
+    disturb(policy)
+    trained = guided(policy)
+    with policy.base():
+        assert torch.equal(guided(policy), start)
+    assert torch.equal(guided(policy), trained) and not torch.equal(trained, start)
+    assert {p.dtype for p in policy.trainable_parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_kl_to_the_base_model_starts_at_zero_and_leads_back(tiny, rank):
+    """It is 0 at the base model; from elsewhere, following its gradient lowers it."""
+    policy = load_policy(tiny, rank, "fp32", "cpu")
+    policy.scheduler.set_timesteps(10)
+    policy.keep_base()
+    latents, t, embeds = inputs(policy)
+
+    def kl():
+        t = policy.scheduler.timesteps[:3]
+        return step_log_prob(policy, latents, latents, t, embeds, policy.embed([""]), 5.0, 1.0, True)[1].mean()
+
+    assert kl() == 0
+    disturb(policy)
+    before = kl()
+    before.backward()
+    with torch.no_grad():
+        squared = sum(p.grad.square().sum() for p in policy.trainable_parameters())
+        for p in policy.trainable_parameters():
+            p -= 1e-3 * before / squared * p.grad
+    assert float((kl() / before).detach()) == pytest.approx(
+        1 - 1e-3, abs=3e-5
+    )  # a first-order step of a thousandth of its value
+
+
+@pytest.mark.parametrize("model, prediction_type", [("tiny", "epsilon"), ("tiny_v", "v_prediction")])
+def test_sample_log_prob_is_diffusers_training_loss(request, model, prediction_type):
+    """Minus the loss that diffusers' own training scripts compute, its noise and timesteps drawn from the keys."""
+    model = request.getfixturevalue(model)
+    policy = load_policy(model, 4, "fp32", "cpu")
+    disturb(policy)
+    x_0, _, embeds = inputs(policy)
+    seen = []
+    forward = policy.forward
+    policy.forward = lambda *arguments: seen.append(arguments) or forward(*arguments)
+    keys = [(0, 0, 0, i) for i in range(3)]
+    ours = sample_log_prob(policy, x_0, keys, embeds, policy.embed([""]), 0.0)
+    x_t, t, used = seen[0]
+    assert torch.equal(used, embeds)
+    scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+    alpha = scheduler.alphas_cumprod[t][:, None, None, None]
+    noise = (x_t - alpha.sqrt() * x_0) / (1 - alpha).sqrt()
+    assert 0.7 < noise.std() < 1.3
+    target = noise if prediction_type == "epsilon" else scheduler.get_velocity(x_0, noise, t)
+    loss = torch.nn.functional.mse_loss(policy.unet(x_t, t, embeds).sample, target, reduction="none").mean((1, 2, 3))
+    torch.testing.assert_close(-ours, loss, rtol=1e-3, atol=1e-4)
+    # A key alone decides: other batches, the same numbers. And dropped prompts are the empty prompt.
+    alone = torch.cat([sample_log_prob(policy, x_0[i:][:1], keys[i:][:1], embeds[i:][:1], policy.embed([""]), 0.0)
+                       for i in range(3)])  # fmt: skip
+    torch.testing.assert_close(alone, ours, rtol=1e-5, atol=1e-6)
+    sample_log_prob(policy, x_0, keys, embeds, policy.embed([""]), 1.0)
+    assert torch.equal(seen[-1][2], policy.embed([""]).expand_as(embeds))
+
+
+def test_moving_average(tiny):
+    """After n updates: the recursion a <- d a + (1 - d) w, d = min(decay, (1 + k) / (10 + k)), written out."""
+    policy = load_policy(tiny, 4, "fp32", "cpu")
+    policy.start_ema(0.2)
+    expected, parameters = None, policy.trainable_parameters()
+    for n in range(5):
+        disturb(policy)
+        policy.ema.step(parameters)
+        decay = min(0.2, (1 + n) / (10 + n)) if n else 0.0
+        new = [p.detach().clone() for p in parameters]
+        expected = new if expected is None else [decay * a + (1 - decay) * w for a, w in zip(expected, new)]
+    with policy.averaged():
+        for p, a in zip(parameters, expected):
+            torch.testing.assert_close(p.detach(), a)
+    assert all(torch.equal(p, w) for p, w in zip(parameters, new))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ddpo.stat_tracking import PerPromptStatTracker
+from ddpo.stat_tracking import ADVANTAGES, PerPromptStatTracker
 
 
 def direct(history, prompts, rewards, buffer_size, min_count, max_age, now):
@@ -44,3 +44,28 @@ def test_state_restores_exactly():
     two.load_state_dict(one.state_dict())
     rewards = rng.normal(size=10)
     assert np.array_equal(one.update(["a", "b"] * 5, rewards), two.update(["a", "b"] * 5, rewards))
+
+
+def test_advantages_of_groups_sum_to_zero():
+    rng = np.random.default_rng(0)
+    prompts, rewards = np.array(["a", "b", "c"] * 4), rng.normal(size=12) * 5 + 3
+    for name in ("per_group", "leave_one_out", "whole_round"):
+        advantages = ADVANTAGES[name](prompts, rewards, None)
+        groups = [prompts == p for p in "abc"] if name != "whole_round" else [np.full(12, True)]
+        for group in groups:
+            assert abs(advantages[group].sum()) < 1e-9
+            if name != "leave_one_out":
+                np.testing.assert_allclose(advantages[group].std(), 1, rtol=1e-5)
+
+
+def test_leave_one_out_is_the_reward_less_the_others_mean():
+    rewards = np.array([1, 2, 4, 10])
+    expected = [r - np.delete(rewards, i).mean() for i, r in enumerate(rewards)]
+    np.testing.assert_allclose(ADVANTAGES["leave_one_out"](["a"] * 4, rewards, None), expected)
+
+
+def test_per_prompt_is_the_tracker():
+    rewards, prompts = np.random.default_rng(0).normal(size=10), ["a", "b"] * 5
+    one, two = PerPromptStatTracker(8, 2), PerPromptStatTracker(8, 2)
+    assert np.array_equal(ADVANTAGES["per_prompt"](prompts, rewards, one), two.update(prompts, rewards))
+    assert one.round == 1

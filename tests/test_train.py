@@ -83,6 +83,30 @@ def test_resume_is_exact(tiny, tmp_path):
     assert [p.name for p in (whole / "checkpoints").iterdir()] == ["epoch_0004"]  # older ones are removed
 
 
+def test_resume_is_exact_with_the_options_of_the_ablations(tiny, tmp_path):
+    """Guidance in sampling only, KL to the base, a moving average, sigma weighting, a window of steps, two passes: the
+    first ratio is 1, the saved weights are the average, and two epochs in one go are one and one to the bit."""
+    options = {
+        "model": tiny, "direct": True, "train__guidance": False, "train__kl_weight": 0.1, "train__ema_decay": 0.9,
+        "train__sigma_weighting": True, "train__timestep_choice": "window", "train__timestep_fraction": 0.67,
+        "train__inner_epochs": 2, "algorithm": "ddpo_smooth", "advantage": "leave_one_out",
+        "sample__images_per_prompt": 4, "train__learning_rate": 1e-3, "train__clip_range": 1e-2,
+    }  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    launch(run_dir=whole, **options)
+    launch(run_dir=parts, num_epochs=1, **options)
+    launch(resume=parts, **options)
+    assert metrics(whole) == metrics(parts)
+    assert all(line["ratio_error"] == 0 and line["kl_base"] > 0 for line in metrics(whole))
+    states = [torch.load(run / "checkpoints/epoch_0002/state.pt") for run in (whole, parts)]
+    for a, b in zip(states[0]["weights"], states[1]["weights"], strict=True):
+        assert torch.equal(a, b)
+    saved = weights(whole, 2)
+    assert all(torch.equal(value, weights(parts, 2)[key]) for key, value in saved.items())
+    sums = [sorted(float(v.sum()) for v in w) for w in (saved.values(), states[0]["ema"]["shadow_params"])]
+    assert sums[0] == sums[1] != sorted(float(v.sum()) for v in states[0]["weights"])
+
+
 def test_a_run_is_not_overwritten(tiny, tmp_path):
     launch(model=tiny, run_dir=tmp_path, direct=True, num_epochs=1)
     result = launch(model=tiny, run_dir=tmp_path, direct=True, check=False)

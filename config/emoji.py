@@ -34,10 +34,10 @@ def get_config(variant="compressibility"):
     config.reward, config.prompts, config.num_epochs, config.stop_reward, usual_method = choose("variant", task, TASKS)
     config.grid_every = 2
     config.sample.images_per_epoch = 128
-    config.sample.batch_size = 64
+    config.sample.batch_size = 16
     config.sample.num_steps = 10
     config.sample.guidance_scale = 1.0
-    config.train.batch_size = 64
+    config.train.batch_size = 16  # the samples of an update: so transitions are trained in the batch they came from
     config.train.updates_per_epoch = 8
     config.train.clip_range = 1e-2  # the latent has 1,024 dimensions, not Stable Diffusion's 16,384: see README
     if choose("method", method or usual_method, {"lora": True, "full": False}):

@@ -42,11 +42,11 @@ def train(config, preset):
     accelerator = Accelerator(log_with=config.tracker or None, project_dir=run_dir)
     rank, processes = accelerator.process_index, accelerator.num_processes
     sample, opt = config.sample, config.train
-    reward_fn = rewards.get_reward(config.reward, accelerator.device, config.reward_options)
+    prompt_set = prompts.get_prompts(config.prompts)
+    reward_fn = rewards.get_reward(config.reward, accelerator.device, config.reward_options, prompt_set)
     weigh, algorithm, likelihood = choose("algorithm", config.algorithm, ALGORITHMS)
     advantage = choose("advantage", config.advantage, ADVANTAGES)
     choose_steps = choose("timestep choice", opt.timestep_choice, TIMESTEPS)
-    prompt_set = prompts.get_prompts(config.prompts)
 
     device = accelerator.device
     if device.type == "cpu":

@@ -18,23 +18,22 @@ transformers.utils.logging.disable_progress_bar()  # of loading weights; downloa
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def not_found(what, name, error):
+def not_found(name, error):
     """The InputError of model files that are missing: one line that says how to get them."""
     reason = " ".join(str(error).split())[:200]
     if os.path.exists(name) or name.startswith((".", "/", "~")):
-        return InputError(f"{what}: {name!r} does not hold such a model ({type(error).__name__}: {reason})")
+        return InputError(f"{name!r} does not hold such a model ({type(error).__name__}: {reason})")
     return InputError(
-        f"{what}: cannot load {name!r}. On a machine with internet access, `hf download {name}` fetches it (then copy "
-        f"the cache, or give a folder's path); here: {type(error).__name__}: {reason}"
+        f"cannot load {name!r}. On a machine with internet access, `hf download {name}` fetches it (then copy the "
+        f"cache, or give a folder's path); here: {type(error).__name__}: {reason}"
     )
 
 
 @functools.lru_cache(maxsize=4)  # two rewards may share a model
-def load_clip(what, name, device="cpu", precision="fp32", processor=""):
+def load_clip(name, device="cpu", precision="fp32", processor=""):
     """A CLIPModel, frozen, and its processor.
 
     Args:
-        what: who needs it, for the error message.
         name: hub name or folder of the model.
         processor: hub name or folder of the processor, if not the model's own.
     Raises:
@@ -45,7 +44,10 @@ def load_clip(what, name, device="cpu", precision="fp32", processor=""):
         model = CLIPModel.from_pretrained(name, dtype=dtype)
         processor = CLIPProcessor.from_pretrained(processor or name)
     except Exception as error:  # missing files, foreign formats: every loader has its own error
-        raise not_found(what, name, error) from error
+        raise not_found(name, error) from error
+    # Some tokenizers know no limit; the model's own then cuts, or crashes.
+    limit = model.config.text_config.max_position_embeddings
+    processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, limit)
     return model.to(device).eval().requires_grad_(False), processor
 
 

@@ -9,7 +9,6 @@ To add a set: write one such function, and put it in `PROMPT_SETS` below.
 import functools
 from pathlib import Path
 
-import inflect
 import numpy as np
 
 from ddpo import InputError, choose
@@ -17,30 +16,30 @@ from ddpo import InputError, choose
 ASSETS = Path(__file__).parent / "assets"
 ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
 
-_english = inflect.engine()
-
 
 @functools.cache
-def _read_asset(name):
-    """The lines of one file in `ddpo/assets`."""
-    return tuple((ASSETS / name).read_text(encoding="utf-8").splitlines())
+def english():
+    """The grammar of words. Importing it takes seconds, so only those who need it do."""
+    import inflect
+
+    return inflect.engine()
 
 
 def imagenet_animals():
     """The 398 animal classes of ImageNet-1k (class ids 0 to 397): "a tench"."""
-    return [(_english.a(animal), {}) for animal in _read_asset("imagenet_animals.txt")]
+    return from_file(ASSETS / "imagenet_animals.txt")
 
 
 def common_animals():
     """The DDPO paper's 45 common animals: "a cat"."""
-    return [(_english.a(animal), {}) for animal in _read_asset("common_animals.txt")]
+    return from_file(ASSETS / "common_animals.txt")
 
 
 def animal_activities():
     """Each common animal doing each of three things that animals do not do: "a cat washing the dishes"."""
     return [
-        (f"{_english.a(animal)} {activity}", {"animal": animal, "activity": activity})
-        for animal in _read_asset("common_animals.txt")
+        (f"{prompt} {activity}", {"animal": prompt.split()[-1], "activity": activity})
+        for prompt, _ in common_animals()
         for activity in ACTIVITIES
     ]
 
@@ -48,11 +47,12 @@ def animal_activities():
 def counting():
     """Two to eight of each common animal, with questions about the image and their answers: "three cats"."""
     pairs = []
-    for animal in _read_asset("common_animals.txt"):
-        plural = _english.plural_noun(animal)
+    for prompt, _ in common_animals():
+        animal = prompt.split()[-1]
+        plural = english().plural_noun(animal)
         questions = [f"How many {plural} are there in this image?", "What animal is in this image?"]
         for count in range(2, 9):
-            number = _english.number_to_words(count)
+            number = english().number_to_words(count)
             pairs.append((f"{number} {plural}", {"questions": list(questions), "answers": [number, animal]}))
     return pairs
 

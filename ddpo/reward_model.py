@@ -10,6 +10,7 @@ makes it, `--config.reward=learned:FOLDER` uses it.
 
 import csv
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -17,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from scipy.stats import spearmanr
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -30,22 +31,27 @@ VOTES = {"left": 1.0, "right": 0.0, "tie": 0.5}
 
 # ----------------------------------------------------------------------------------------------------------- the data
 def read_jsonl(path):
-    """The objects of a JSONL file. A last line without its end, which a kill leaves behind, is passed over.
+    """The objects of a JSONL file. A line that begins as one and lacks its end, which a kill leaves, is passed over.
 
     Raises InputError that names the line that is not JSON, or the file that cannot be read.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        line = line.strip()
         try:
-            records.append(json.loads(line))
+            if line:
+                records.append(json.loads(line))
         except ValueError as error:
-            if line.endswith("\n") and number < len(lines) and line.strip().endswith("}"):
+            if not line.startswith("{") or line.endswith("}"):
                 raise InputError(f"{path}, line {number} is not JSON: {error}") from error
     return records
+
+
+def _read_text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', '') or 'it is not UTF-8 text'}") from error
 
 
 def read_choices(paths):
@@ -58,13 +64,15 @@ def read_choices(paths):
     for path in map(str, paths):
         for record in read_jsonl(path):
             try:
-                key = (path, record["rater"], record["pair"])
+                key, choice = (path, record["rater"], record["pair"]), record["choice"]
+                if choice not in (*VOTES, "skip", "undo"):
+                    raise ValueError(f"{choice!r} is none of left, right, tie, skip, undo")
                 votes.pop(key, None)
-                if record["choice"] != "undo":
+                if choice != "undo":
                     folder = os.path.dirname(path)
                     sides = {side: os.path.join(folder, record[side]) for side in ("left", "right")}
                     votes[key] = {**record, **sides}
-            except (KeyError, TypeError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{path}: {record} is not a choice of scripts.annotate ({error})") from error
     return list(votes.values())
 
@@ -77,64 +85,76 @@ def read_ratings(path, images=""):
         path: NAME.csv, NAME.jsonl, or AVA's NAME.txt ("index id n1 ... n10 tags").
         images: folder of the pictures; default: the file's own.
     Raises:
-        InputError that names the line that does not fit, or if no picture is there. Those missing are left out.
+        InputError that names the line that does not fit, or if no picture is there. If some are not, their ratings
+        are left out, and it says so.
     """
     folder = images or os.path.dirname(path)
-    if not os.path.exists(path):
-        raise InputError(f"cannot read {path}: there is no such file")
     ratings = []
-    if path.endswith(".jsonl"):
-        rows = read_jsonl(path)
-    else:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            rows = list(csv.DictReader(f)) if path.endswith(".csv") else [line.split() for line in f if line.strip()]
+    try:
+        if path.endswith(".jsonl"):
+            rows = read_jsonl(path)
+        elif path.endswith(".csv"):
+            rows = list(csv.DictReader(io.StringIO(_read_text(path), newline="")))
+        else:
+            rows = [line.split() for line in _read_text(path).splitlines() if line.strip()]
+    except csv.Error as error:
+        raise InputError(f"{path} is not CSV: {error}") from error
     for number, row in enumerate(rows, 1):
         try:
             if isinstance(row, list):
-                counts = np.array(row[2:12], dtype=float)
-                name, score, rater = f"{row[1]}.jpg", float(counts @ np.arange(1, 11) / counts.sum()), "AVA"
+                score = np.average(np.arange(1, 11), weights=np.array(row[2:12], dtype=float))
+                name, rater = f"{row[1]}.jpg", "AVA"
             else:
                 name, score, rater = row["image"], float(row["score"]), str(row.get("rater") or "")
-        except (KeyError, TypeError, ValueError) as error:
+            if not (name and np.isfinite(score)):
+                raise ValueError(f"image {name!r}, score {score}")
+            ratings.append((os.path.join(folder, name), score, rater))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"{path}, entry {number} has no image and score: {row} ({error})") from error
-        ratings.append((os.path.join(folder, name), score, rater))
-    there = {name for name, _, _ in ratings if os.path.exists(name)}
+    there = {name for name, _, _ in ratings if os.path.isfile(name)}
     if not there:
         raise InputError(f"{path}: none of its {len(ratings)} pictures is in {folder or '.'}, the first being "
                          f"{ratings[0][0] if ratings else 'none'}. Which folder holds them?")  # fmt: skip
-    return [rating for rating in ratings if rating[0] in there]
+    kept = [rating for rating in ratings if rating[0] in there]
+    if len(kept) < len(ratings):
+        print(f"{len(ratings) - len(kept)} of {len(ratings)} ratings left out: no such pictures in {folder or '.'}")
+    return kept
 
 
 def cached_embeddings(encoder, paths, cache, device="cpu", precision="fp32", batch_size=32):
     """Unit CLIP embeddings (N, D) of N different picture files, from the folder `cache` where they are known already.
 
-    The cache goes by the files' content and the encoder's weights, so it never returns those of another picture or
-    model of the same name.
+    The cache goes by the files' content and the encoder's weights and preprocessing, so it never returns those of
+    another picture or model of the same name.
     """
-    clip = load_clip("reward model", encoder, device, precision)
-    weights = clip[0].visual_projection.weight.float().cpu().numpy().tobytes()
-    file = Path(cache) / f"{hashlib.sha256(weights + precision.encode()).hexdigest()[:16]}.safetensors"
+    clip = load_clip(encoder, device, precision)
+    digest = hashlib.sha256(repr(clip[1].image_processor.to_dict()).encode())
+    for weight in (*clip[0].vision_model.parameters(), clip[0].visual_projection.weight):
+        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
+    file = Path(cache) / f"{digest.hexdigest()[:16]}.safetensors"
     known = load_file(file) if file.exists() else {}
     keys = [hashlib.sha256(Path(path).read_bytes()).hexdigest()[:32] for path in paths]
     missing = [i for i, key in enumerate(keys) if key not in known]
     bar = tqdm(total=len(missing), desc="embedding", unit="picture", disable=not missing)
-    for start in range(0, len(missing), batch_size):
-        batch = missing[start : start + batch_size]
-        for i, embedding in zip(batch, embed_images(clip, [_open(paths[i]) for i in batch], batch_size).cpu()):
-            known[keys[i]] = embedding.clone()
-        bar.update(len(batch))
-    bar.close()
-    if missing:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(known, f"{file}.tmp")
-        os.replace(f"{file}.tmp", file)
+    try:
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            for i, embedding in zip(batch, embed_images(clip, [_open(paths[i]) for i in batch], batch_size).cpu()):
+                known[keys[i]] = embedding.clone()
+            bar.update(len(batch))
+    finally:  # what is known is kept, whatever came between
+        bar.close()
+        if missing and known:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(known, f"{file}.tmp")
+            os.replace(f"{file}.tmp", file)
     return torch.stack([known[key] for key in keys])
 
 
 def _open(path):
     try:
         return Image.open(path).convert("RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's for damaged files
         raise InputError(f"cannot read the picture {path}: {error}") from error
 
 
@@ -202,12 +222,20 @@ def train_head(embeddings, index, target, validation=None, epochs=300, patience=
 
 
 # ------------------------------------------------------------------------------------------------------ how good it is
+def rank_correlation(a, b):
+    """Spearman's; None if one of them is constant."""
+    from scipy.stats import spearmanr  # slow to import, and every start imports this file
+
+    return float(spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else None
+
+
 def evaluate_choices(margin, target, bins=5):
     """What f(left) - f(right) (N,) says of votes (N,) in {0, 0.5, 1}.
 
     Returns a dict: `accuracy` over the votes that are no ties; `rank_correlation` (Spearman) of margin and vote;
     `log_loss`; `calibration`, a list of (mean predicted probability, share of left votes, votes) over bins of equal
-    width; and `calibration_error`, their mean distance weighted by votes.
+    width; and `calibration_error`, their mean distance weighted by votes. What votes that are all alike do not say is
+    None.
     """
     probability = 1 / (1 + np.exp(-margin))
     clear = target != 0.5
@@ -219,8 +247,8 @@ def evaluate_choices(margin, target, bins=5):
     clipped = probability.clip(1e-12, 1 - 1e-12)
     return {
         "votes": len(target),
-        "accuracy": float(((margin > 0) == (target == 1))[clear].mean()),
-        "rank_correlation": float(spearmanr(margin, target).statistic),
+        "accuracy": float(((margin > 0) == (target == 1))[clear].mean()) if clear.any() else None,
+        "rank_correlation": rank_correlation(margin, target),
         "log_loss": float(-(target * np.log(clipped) + (1 - target) * np.log(1 - clipped)).mean()),
         "calibration": calibration,
         "calibration_error": float(sum(abs(p - y) * n for p, y, n in calibration) / len(target)),
@@ -232,7 +260,8 @@ def evaluate_ratings(predicted, target, bins=5):
 
     Returns a dict: `accuracy`, the share of picture pairs with different ratings that are put in the right order;
     `rank_correlation` (Spearman); `rmse`; `r2`; `calibration`, a list of (mean prediction, mean rating, pictures) over
-    bins of equally many; and `calibration_error`, their mean distance.
+    bins of equally many; and `calibration_error`, their mean distance. What ratings that are all alike do not say is
+    None.
     """
     order = np.sign(predicted[:, None] - predicted) * np.sign(target[:, None] - target)
     different = np.triu(target[:, None] != target, 1)
@@ -240,10 +269,10 @@ def evaluate_ratings(predicted, target, bins=5):
     calibration = [(float(predicted[g].mean()), float(target[g].mean()), len(g)) for g in groups]
     return {
         "votes": len(target),
-        "accuracy": float((order > 0)[different].mean()),
-        "rank_correlation": float(spearmanr(predicted, target).statistic),
+        "accuracy": float((order > 0)[different].mean()) if different.any() else None,
+        "rank_correlation": rank_correlation(predicted, target),
         "rmse": float(np.sqrt(((predicted - target) ** 2).mean())),
-        "r2": float(1 - ((predicted - target) ** 2).mean() / target.var()),
+        "r2": float(1 - ((predicted - target) ** 2).mean() / target.var()) if target.var() else None,
         "calibration": calibration,
         "calibration_error": float(sum(abs(p - y) * n for p, y, n in calibration) / len(target)),
     }
@@ -278,17 +307,16 @@ def load_reward_model(folder, device="cpu", precision="fp32", batch_size=32):
             description = json.load(f)
         encoder, hidden = description["encoder"], description["hidden"]
         state = load_file(os.path.join(folder, "head.safetensors"))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(
-            f"reward learned:{folder}: the folder holds no reward model ({error}). "
-            "python -m scripts.train_reward --output FOLDER makes one"
+            f"the folder holds no reward model ({error}). python -m scripts.train_reward --output FOLDER makes one"
         ) from error
-    clip = load_clip(f"reward learned:{folder}", encoder, device, precision)
+    clip = load_clip(encoder, device, precision)
     head = make_head(clip[0].config.projection_dim, hidden)
     try:
         head.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"reward learned:{folder}: its head does not fit {encoder}: {error}") from error
+        raise InputError(f"its head does not fit {encoder}: {' '.join(str(error).split())}") from error
     head.to(device)
 
     def learned(images, prompts, metadata):

@@ -8,6 +8,8 @@ better; info: a dict of (B,) numbers to log by their mean. To add one: write the
 A reward that needs a model is made by a function `load_NAME(model, device, options)` in MODEL_REWARDS, which returns
 such a function. `model` is what follows the name: `pickscore` takes PickScore from the hub, `pickscore:FOLDER` from
 that folder. `get_reward` reads a config's expression and mixes rewards with weights.
+
+A reward that cannot score every prompt has a `check(prompt_set)`, which says so with an InputError at a run's start.
 """
 
 import io
@@ -24,6 +26,7 @@ from transformers import CLIPConfig, CLIPProcessor
 from config.base import get_config
 from ddpo import InputError, choose, reward_model, vlm
 from ddpo.clip import DTYPES, cosine, embed_images, from_open_clip, load_clip, not_found
+from ddpo.prompts import check_length
 
 
 def jpeg_size(images):
@@ -57,15 +60,15 @@ def load_aesthetic(model, device, options):
     try:
         state = torch.load(model or hf_hub_download(repository, file), map_location="cpu", weights_only=True)
     except Exception as error:  # missing, offline, damaged: every one has its own error
-        raise not_found("reward aesthetic, head", model or repository, error) from error
-    clip = load_clip("reward aesthetic", options.aesthetic_clip, device, options.precision)
+        raise not_found(model or repository, error) from error
+    clip = load_clip(options.aesthetic_clip, device, options.precision)
     # The published files keep dropouts, which have no weights, in the numbering: layers 0, 2, 4, 6, 7.
     sizes = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
     layers = torch.nn.ModuleDict({str(i): torch.nn.Linear(*size) for i, size in sizes.items()})
     try:
         layers.load_state_dict({key.removeprefix("layers."): value for key, value in state.items()})
     except RuntimeError as error:
-        raise not_found("reward aesthetic, head", model or repository, error) from error
+        raise not_found(model or repository, error) from error
     width = clip[0].config.projection_dim
     if width != 768:
         raise InputError(
@@ -84,15 +87,21 @@ def load_aesthetic(model, device, options):
     return aesthetic
 
 
+def within_length(clip):
+    """The `check` of a reward that reads prompts: its text encoder must not cut them."""
+    return lambda prompt_set: check_length([prompt for prompt, _ in prompt_set], clip[1].tokenizer)
+
+
 def load_clipscore(model, device, options):
     """CLIPScore (Hessel et al., arXiv 2104.08718): 2.5 max(cos, 0). Deviation: the prompt goes in without their
     "A photo depicts", since prompts of drawings are as welcome."""
-    clip = load_clip("reward clipscore", model or "openai/clip-vit-large-patch14", device, options.precision)
+    clip = load_clip(model or "openai/clip-vit-large-patch14", device, options.precision)
 
     def clipscore(images, prompts, metadata):
         """2.5 max(cos, 0) of picture and prompt."""
         return 2.5 * cosine(clip, images, prompts, options.batch_size).clamp_min(0).numpy(), {}
 
+    clipscore.check = within_length(clip)
     return clipscore
 
 
@@ -100,13 +109,14 @@ def load_pickscore(model, device, options):
     """PickScore (Kirstain et al., arXiv 2305.01569): exp(logit_scale) cos, about 15 to 25. Their processor is the
     base model's."""
     processor = "" if model else "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    clip = load_clip("reward pickscore", model or "yuvalkirstain/PickScore_v1", device, options.precision, processor)
+    clip = load_clip(model or "yuvalkirstain/PickScore_v1", device, options.precision, processor)
 
     def pickscore(images, prompts, metadata):
         """exp(logit_scale) cos of picture and prompt."""
         scale = clip[0].logit_scale.float().exp().cpu()
         return (scale * cosine(clip, images, prompts, options.batch_size)).numpy(), {}
 
+    pickscore.check = within_length(clip)
     return pickscore
 
 
@@ -125,7 +135,7 @@ def load_hpsv2(model, device, options):
         network = from_open_clip(state.get("state_dict", state), CLIPConfig.from_pretrained(base))
         processor = CLIPProcessor.from_pretrained(base)
     except Exception as error:  # missing, offline, damaged, another architecture
-        raise not_found("reward hpsv2", model or "xswu/HPSv2", error) from error
+        raise not_found(model or "xswu/HPSv2", error) from error
     dtype = choose("reward_options.precision", options.precision, DTYPES)
     clip = network.to(device, dtype).eval().requires_grad_(False), processor
 
@@ -133,6 +143,7 @@ def load_hpsv2(model, device, options):
         """The cosine of picture and prompt."""
         return cosine(clip, images, prompts, options.batch_size).numpy(), {}
 
+    hpsv2.check = within_length(clip)
     return hpsv2
 
 
@@ -153,7 +164,7 @@ MODEL_REWARDS = {
 }
 
 
-def get_reward(expression, device="cpu", options=None):
+def get_reward(expression, device="cpu", options=None, prompt_set=()):
     """The reward function of an expression: NAME, NAME:MODEL, or a weighted sum of them, "pickscore +
     0.1*jpeg_compressibility". Every model is loaded here, once, so what is missing is known before any sampling.
 
@@ -161,10 +172,12 @@ def get_reward(expression, device="cpu", options=None):
         expression: terms with + between them, or a minus that has spaces around it; each WEIGHT*NAME[:MODEL].
         device: where the models run.
         options: `config.reward_options`; default: those of config/base.py.
+        prompt_set: the (prompt, metadata) pairs that it will have to score.
     Returns:
         a reward function. A sum also logs each of its terms, without its weight, under its own text.
     Raises:
-        InputError for a name that is unknown, a weight that is no number, or a model that cannot be loaded.
+        InputError for a name that is unknown, a weight that is no number, a model that cannot be loaded, or a prompt
+        that one of the rewards cannot score.
     """
     options = get_config().reward_options if options is None else options
     terms = []
@@ -176,10 +189,15 @@ def get_reward(expression, device="cpu", options=None):
         except ValueError as error:
             raise InputError(f"reward {expression!r}: the weight {weight.strip()!r} is not a number") from error
         reward = choose("reward", name, {**REWARDS, **MODEL_REWARDS})
-        if name in MODEL_REWARDS:
-            reward = reward(model, device, options)
-        elif model:
+        if model and name in REWARDS:
             raise InputError(f"reward {name} takes no model: {term.strip()!r}")
+        try:
+            if name in MODEL_REWARDS:
+                reward = reward(model, device, options)
+            if prompt_set and hasattr(reward, "check"):
+                reward.check(prompt_set)
+        except InputError as error:
+            raise InputError(f"reward {term.strip()}: {error}") from error
         terms.append((weight, term.strip(), reward))
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][2]

@@ -10,6 +10,7 @@ Deviation from the paper: its server held LLaVA and BERTScore; here BERTScore ru
 
 import base64
 import functools
+import http.client
 import io
 import json
 import os
@@ -20,7 +21,6 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-import inflect
 import numpy as np
 import torch
 from PIL import Image
@@ -28,11 +28,13 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, 
 
 from ddpo import InputError, choose
 from ddpo.clip import DTYPES, not_found
+from ddpo.prompts import english
 
 DEFAULT_MODEL = "llava-hf/llava-1.5-13b-hf"
 QUESTION = "Answer concisely: what is going on in this image?"
 MAX_TOKENS = 64  # of an answer
 ATTEMPTS = 4  # of one request; the pauses between them are 1, 2 and 4 s, and up to as much again
+FAILURES = (OSError, http.client.HTTPException)  # of a request: nobody there, too late, HTTP status, not even HTTP
 
 
 def as_jpeg(image):
@@ -44,11 +46,10 @@ def as_jpeg(image):
 
 # ------------------------------------------------------------------------------------------------------- two backends
 @functools.lru_cache(maxsize=2)  # alignment and counting may share a model
-def load_vlm(what, model, device="cpu", precision="fp32", batch_size=32, vlm_name="", timeout=60.0, concurrency=16):
+def load_vlm(model, device="cpu", precision="fp32", batch_size=32, vlm_name="", timeout=60.0, concurrency=16):
     """A function ask(images, questions) -> answers, of B PIL images, B strings and B strings, greedily decoded.
 
     Args:
-        what: who asks, for the error message.
         model: http:// or https:// address of a server (up to /v1); else hub name or folder. Empty: LLaVA 13B.
         vlm_name: the model's name at the server; empty: the first that it lists.
         timeout: seconds that one request may take.
@@ -58,17 +59,17 @@ def load_vlm(what, model, device="cpu", precision="fp32", batch_size=32, vlm_nam
     """
     if model.startswith(("http://", "https://")):
         address = model.rstrip("/")
-        listed = list_models(what, address, timeout)
+        listed = list_models(address, timeout)
         if not (vlm_name or listed):
-            raise InputError(f"{what}: {address} lists no model: name one with --config.reward_options.vlm_name")
+            raise InputError(f"{address} lists no model: name one with --config.reward_options.vlm_name")
         vlm_name = vlm_name or listed[0]
-        return functools.partial(ask_server, what, address, vlm_name, timeout, concurrency)
+        return functools.partial(ask_server, address, vlm_name, timeout, concurrency)
     dtype = choose("reward_options.precision", precision, DTYPES)
     try:
         network = AutoModelForImageTextToText.from_pretrained(model or DEFAULT_MODEL, dtype=dtype).to(device).eval()
         processor = AutoProcessor.from_pretrained(model or DEFAULT_MODEL)
     except Exception as error:  # missing files, foreign formats: every loader has its own error
-        raise not_found(what, model or DEFAULT_MODEL, error) from error
+        raise not_found(model or DEFAULT_MODEL, error) from error
     processor.tokenizer.padding_side = "left"  # an answer continues its question
     return functools.partial(ask_network, network, processor, batch_size)
 
@@ -94,7 +95,7 @@ def ask_network(network, processor, batch_size, images, questions):
     return [answer.strip() for answer in answers]
 
 
-def ask_server(what, address, model, timeout, concurrency, images, questions):
+def ask_server(address, model, timeout, concurrency, images, questions):
     """The answers of an OpenAI-compatible server: JSON with the picture as a data URL."""
 
     def ask(i):
@@ -106,10 +107,10 @@ def ask_server(what, address, model, timeout, concurrency, images, questions):
             answer = request_json(f"{address}/chat/completions", body, timeout)
             return answer["choices"][0]["message"]["content"].strip()
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise InputError(f"{what}: {address} answered picture {i} with no message: {str(answer)[:200]}") from error
-        except OSError as error:
+            raise InputError(f"{address} answered picture {i} with no message: {str(answer)[:200]}") from error
+        except FAILURES as error:
             raise InputError(
-                f"{what}: {address} failed on picture {i} of {len(images)} ({questions[i]!r}) after {ATTEMPTS} "
+                f"{address} failed on picture {i} of {len(images)} ({questions[i]!r}) after {ATTEMPTS} "
                 f"attempts at most: {describe(error)}"
             ) from error
 
@@ -122,23 +123,23 @@ def ask_server(what, address, model, timeout, concurrency, images, questions):
             raise
 
 
-def list_models(what, address, timeout):
+def list_models(address, timeout):
     """The names of a server's models; also the proof, before any sampling, that it is there and takes the key."""
     try:
         return [model["id"] for model in request_json(f"{address}/models", None, timeout, attempts=1)["data"]]
     except urllib.error.HTTPError as error:
         if error.code in (404, 405, 500, 501):  # it is there, but does not list
             return []
-        raise InputError(f"{what}: {address} refuses: {describe(error)}. Its key goes in OPENAI_API_KEY") from error
-    except OSError as error:
-        raise InputError(f"{what}: no server at {address} ({describe(error)}). Give its address up to /v1") from error
+        raise InputError(f"{address} refuses: {describe(error)}. Its key goes in OPENAI_API_KEY") from error
+    except FAILURES as error:
+        raise InputError(f"no server at {address} ({describe(error)}). Give its address up to /v1") from error
     except (KeyError, TypeError) as error:
-        raise InputError(f"{what}: {address}/models does not list models as OpenAI's interface does") from error
+        raise InputError(f"{address}/models does not list models as OpenAI's interface does") from error
 
 
 def request_json(url, body, timeout, attempts=ATTEMPTS):
     """POSTs `body` as JSON (None: GETs) and returns the answer's JSON. Connections that fail, overload (429) and the
-    server's own errors (5xx) are tried again after a pause that doubles. Raises OSError."""
+    server's own errors (5xx) are tried again after a pause that doubles. Raises one of FAILURES."""
     headers = {"Content-Type": "application/json"}
     if os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
@@ -149,7 +150,7 @@ def request_json(url, body, timeout, attempts=ATTEMPTS):
                 return json.load(response)
         except ValueError as error:
             raise OSError(f"the answer is not JSON: {error}") from error
-        except OSError as error:  # refused, timed out, HTTP status
+        except FAILURES as error:  # refused, timed out, HTTP status
             status = getattr(error, "code", None)
             if attempt == attempts or (status is not None and status != 429 and status < 500):
                 raise
@@ -163,15 +164,20 @@ def describe(error):
 
 
 # -------------------------------------------------------------------------------------------------------- the rewards
+def load_asked(model, device, options):
+    """`load_vlm` with the `config.reward_options`."""
+    return load_vlm(model, device, options.precision, options.batch_size, options.vlm_name, options.timeout,
+                    options.concurrency)  # fmt: skip
+
+
 def load_alignment(model, device, options):
     """The paper's alignment: BERTScore recall of "The image contains {prompt}" in the model's description."""
-    ask = load_vlm("reward alignment", model, device, options.precision, options.batch_size, options.vlm_name,
-                   options.timeout, options.concurrency)  # fmt: skip
+    ask = load_asked(model, device, options)
     name = options.bertscore_model
     try:
         network, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        raise not_found("reward alignment, BERTScore", name, error) from error
+        raise not_found(name, error) from error
     if not 0 < options.bertscore_layer <= network.config.num_hidden_layers:
         raise InputError(
             f"reward_options.bertscore_layer = {options.bertscore_layer}: {name} has {network.config.num_hidden_layers}"
@@ -209,31 +215,35 @@ def bertscore_recall(network, tokenizer, layer, candidates, references):
 
 def load_counting(model, device, options):
     """The share of the prompt set's own questions that the model answers right."""
-    ask = load_vlm("reward counting", model, device, options.precision, options.batch_size, options.vlm_name,
-                   options.timeout, options.concurrency)  # fmt: skip
+    ask = load_asked(model, device, options)
+
+    def check(prompt_set):
+        for prompt, entry in prompt_set:
+            if not entry.get("questions"):
+                raise InputError(f"it needs prompts with questions, like the set counting; not {prompt!r}")
 
     def counting(images, prompts, metadata):
         """Share of metadata["questions"] whose answer contains what metadata["answers"] says."""
-        for prompt, entry in zip(prompts, metadata):
-            if not entry.get("questions"):
-                raise InputError(f"reward counting needs prompts with questions, like the set counting; not {prompt!r}")
         asked = [(image, q, a) for image, m in zip(images, metadata) for q, a in zip(m["questions"], m["answers"])]
         said = ask([image for image, _, _ in asked], [question for _, question, _ in asked])
         right = iter([is_right(answer, expected) for answer, (_, _, expected) in zip(said, asked)])
         return np.array([np.mean([next(right) for _ in m["questions"]]) for m in metadata], dtype=np.float32), {}
 
+    counting.check = check
     return counting
 
 
-_english = inflect.engine()
-_NUMBERS = {_english.number_to_words(n): str(n) for n in range(100)}
+@functools.cache
+def number_words():
+    """{"zero": "0", ... "ninety-nine": "99"}."""
+    return {english().number_to_words(n): str(n) for n in range(100)}
 
 
 def is_right(answer, expected):
     """Whether an answer contains the expected word, as a word of its own: "cat" is not in "cattle". The plural will do,
     and digits for a number; a number beside others ("two or three") will not."""
     words = re.findall(r"[a-z]+(?:-[a-z]+)?|\d+", answer.lower())
-    if expected in _NUMBERS:
-        numbers = {_NUMBERS.get(word, word) for word in words if word in _NUMBERS or word.isdigit()}
-        return numbers == {_NUMBERS[expected]}
-    return expected in words or _english.plural_noun(expected) in words
+    known = number_words()
+    if expected in known:
+        return {known.get(word, word) for word in words if word in known or word.isdigit()} == {known[expected]}
+    return expected in words or english().plural_noun(expected) in words

@@ -1,7 +1,7 @@
 """Makes pairs of pictures and asks people which one they like better, in a browser.
 
-    python -m scripts.annotate --model models/emoji --pairs 500          (a base model's pictures)
-    python -m scripts.annotate --run runs/NAME --prompts "a cat" "a dog" (a finetuned one's)
+    python -m scripts.annotate --config config/emoji.py --pairs 500      (a preset's base model, or another --model)
+    python -m scripts.annotate --run runs/NAME --prompts "a cat" "a dog" (a finetuned one)
     python -m scripts.annotate --images FOLDER                           (pictures that exist)
 
 Everything lands in --output: images/ and pairs.jsonl, made first, and choices.jsonl, to which each click is appended
@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import random
+import runpy
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,8 +31,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config.base import get_config
-from config.emoji import get_config as emoji_config
 from ddpo import InputError, prompts, run_script
 from ddpo.pipeline_logprob import draw_noise, sample_with_logprob
 from ddpo.policy import load_policy, load_weights
@@ -71,30 +70,48 @@ def draw_pairs(policy, prompt_set, output, first, count, sample, seed=0):
             append_line(output / "pairs.jsonl", {"pair": i, "prompt": text, "images": names})
 
 
-def pair_up(folder, output, count, seed=0):
-    """Pairs the pictures of a folder, those of one caption with each other, and writes OUTPUT/pairs.jsonl. A picture is
-    used a second time only once all have been used. Raises InputError if no two pictures can be compared."""
+def pair_up(folder, output, pairs, count, seed=0):
+    """Pairs the pictures of a folder, those of one caption with each other, and appends to OUTPUT/pairs.jsonl, which
+    has `pairs` already, until it has `count`. A picture is used a second time only once all have been used. Raises
+    InputError if no two pictures can be compared."""
     if not os.path.isdir(folder):
         raise InputError(f"--images {folder}: there is no such folder")
     captions = {}
     for path in sorted(p for p in Path(folder).resolve().iterdir() if p.suffix.lower() in IMAGES):
         text = path.with_suffix(".txt")
-        captions.setdefault(text.read_text(encoding="utf-8").strip() if text.exists() else "", []).append(str(path))
+        caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.exists() else ""
+        captions.setdefault(caption, []).append(str(path))
     if not any(len(paths) > 1 for paths in captions.values()):
         raise InputError(f"--images {folder}: it has no two pictures ({', '.join(IMAGES)}) with the same caption")
-    rng, pairs, seen = random.Random(seed), [], set()
-    while True:
+    first, before = len(pairs), -1
+    rng, seen = random.Random(f"{seed}/{first}"), {tuple(sorted(pair["images"])) for pair in pairs}
+    while before < len(pairs) < count:  # until there are enough, or (nearly) all there are
         before = len(pairs)
         for caption, paths in captions.items():
             rng.shuffle(paths)
             for a, b in zip(paths[::2], paths[1::2]):
-                if (min(a, b), max(a, b)) not in seen:
-                    seen.add((min(a, b), max(a, b)))
-                    pairs.append({"prompt": caption, "images": [a, b]})
-        if len(pairs) >= count or len(pairs) == before:  # enough, or (nearly) all there are
-            break
-    with open(output / "pairs.jsonl", "w") as f:
-        f.writelines(json.dumps({"pair": i, **pair}) + "\n" for i, pair in enumerate(pairs[:count]))
+                if tuple(sorted((a, b))) not in seen:
+                    seen.add(tuple(sorted((a, b))))
+                    pairs.append({"pair": len(pairs), "prompt": caption, "images": [a, b]})
+    for pair in pairs[first:count]:
+        append_line(output / "pairs.jsonl", pair)
+
+
+def read_pairs(path):
+    """The pairs of a pairs.jsonl; none if there is no such file. Raises InputError that names a line that is not the
+    pair that should stand there, or a picture that is missing."""
+    pairs = read_jsonl(path) if path.exists() else []
+    for i, pair in enumerate(pairs):
+        try:
+            a, b = pair["images"]
+            missing = next((name for name in (a, b) if not (path.parent / name).exists()), None)
+            if pair["pair"] != i or not isinstance(pair["prompt"], str):
+                raise ValueError(f"it should be pair {i}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: {pair} is not a pair of scripts.annotate ({error})") from error
+        if missing:
+            raise InputError(f"{path}: the picture {missing} of pair {i} is not there")
+    return pairs
 
 
 # -------------------------------------------------------------------------------------------------------- the choices
@@ -138,7 +155,10 @@ class Handler(BaseHTTPRequestHandler):
             if int(parts[1]) >= len(self.pairs):
                 return self.send_error(404)
             name = self.pairs[int(parts[1])]["images"][int(parts[2])]  # only what pairs.jsonl names is ever served
-            self.reply((self.output / name).read_bytes(), "image/*")
+            try:
+                self.reply((self.output / name).read_bytes(), "image/*")
+            except FileNotFoundError:
+                self.send_error(404)
         else:
             self.send_error(404)
 
@@ -191,39 +211,45 @@ class Handler(BaseHTTPRequestHandler):
 def make_pairs(args, output):
     """Fills OUTPUT/pairs.jsonl up to args.pairs, from a model or from a folder."""
     path = output / "pairs.jsonl"
-    existing = len(read_jsonl(path)) if path.exists() else 0
+    existing = read_pairs(path)
+    if len(existing) >= args.pairs:
+        return
     if args.images:
-        if not existing:
-            pair_up(args.images, output, args.pairs, args.seed)
-    elif existing < args.pairs:
+        pair_up(args.images, output, existing, args.pairs, args.seed)
+    else:
         config, policy = open_model(args)
         policy.scheduler.set_timesteps(config.sample.num_steps)
         name = args.prompts[0] if args.prompts else config.prompts
         known = len(args.prompts) <= 1 and (name in prompts.PROMPT_SETS or "/" in name or name.endswith(".txt"))
         prompt_set = prompts.get_prompts(name) if known else [(text, {}) for text in args.prompts]
         prompts.check_length([text for text, _ in prompt_set], policy.pipe.tokenizer)
-        draw_pairs(policy, prompt_set, output, existing, args.pairs, config.sample, args.seed)
+        draw_pairs(policy, prompt_set, output, len(existing), args.pairs, config.sample, args.seed)
 
 
 def open_model(args):
-    """(config, policy) of --run, with its newest checkpoint's weights, or of --model with the options of its preset."""
+    """(config, policy) of --run, with its newest checkpoint's weights, or of --config, with --model instead of its."""
     if args.run:
         config, policy, folder = open_run(args.run)
         load_weights(policy, folder)
         return config, policy
-    config = emoji_config() if args.model == "models/emoji" else get_config()
+    path, _, variant = args.config.partition(":")
+    try:
+        config = runpy.run_path(path)["get_config"](*filter(None, [variant]))
+    except (OSError, KeyError, SyntaxError) as error:
+        raise InputError(f"--config {args.config}: no preset can be read there ({error})") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return config, load_policy(args.model, 0, "bf16" if device == "cuda" else "fp32", device)
+    return config, load_policy(args.model or config.model, 0, config.precision, device)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", default="", help="a run's folder: pictures of its newest checkpoint")
-    source.add_argument("--model", default="", help="a base model: folder or hub name")
+    source.add_argument("--config", default="", help="a preset: pictures of its base model, drawn with its options")
     source.add_argument("--images", default="", help="a folder of pictures")
+    parser.add_argument("--model", default="", help="with --config: another base model, folder or hub name")
     parser.add_argument(
-        "--prompts", nargs="+", default=[], help="a prompt set, a text file, or prompts; default: the run's"
+        "--prompts", nargs="+", default=[], help="a prompt set, a text file, or prompts; default: the run's or preset's"
     )
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--output", default="", help="default: RUN/annotations or runs/annotations-NAME")
@@ -233,18 +259,19 @@ def main():
     parser.add_argument("--draw_only", action="store_true", help="make the pairs and end")
     args = parser.parse_args()
 
-    name = Path(args.model or args.images).name
+    name = Path(args.images or args.model or args.config.partition(":")[0]).stem
     output = Path(args.output or (f"{args.run}/annotations" if args.run else f"runs/annotations-{name}"))
     output.mkdir(parents=True, exist_ok=True)
     make_pairs(args, output)
     if args.draw_only:
         return print(output)
-    pairs = read_jsonl(output / "pairs.jsonl")[: args.pairs]
+    pairs = read_pairs(output / "pairs.jsonl")[: args.pairs]
+    history(output / "choices.jsonl", "")  # if it cannot be read, now is the time to say so
     handler = functools.partial(Handler, output=output, pairs=pairs, lock=threading.Lock())
     try:
         server = ThreadingHTTPServer((args.host, args.port), handler)
-    except OSError as error:
-        raise InputError(f"cannot listen on {args.host}:{args.port}: {error.strerror}. Try another --port") from error
+    except (OSError, OverflowError) as error:
+        raise InputError(f"cannot listen on {args.host}:{args.port}: {error}. Try another --port") from error
     print(f"http://{args.host}:{server.server_port} asks about {len(pairs)} pairs; Ctrl-C ends it\n"
           f"choices go to {output / 'choices.jsonl'}", flush=True)  # fmt: skip
     try:

@@ -3,8 +3,8 @@ image classifier that no reward uses still names the animal.
 
     python -m scripts.evaluate --run runs/NAME
 
-For runs on the common animals. Writes RUN/evaluation.json. --guidance_scale 2 asks what a policy
-trained without guidance draws with it.
+For runs on the common animals, alone or at their activities. Writes RUN/evaluation.json. --guidance_scale 2 asks what a
+policy trained without guidance draws with it.
 """
 
 import argparse
@@ -32,7 +32,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="a run's folder")
     parser.add_argument("--checkpoint", default="", help="a name in RUN/checkpoints; default: the newest")
-    parser.add_argument("--count", type=int, default=4, help="pictures per animal")
+    parser.add_argument("--count", type=int, default=4, help="pictures per prompt")
+    parser.add_argument("--prompts", default="", help="default: the run's")
     parser.add_argument("--seed", type=int, default=1_000_000, help="of the noise")
     parser.add_argument("--guidance_scale", type=float, default=0, help="default: the run's")
     parser.add_argument("--output", default="", help="default: RUN/evaluation.json")
@@ -42,12 +43,12 @@ def main():
     config, policy, folder = open_run(args.run, args.checkpoint)
     sample = config.sample
     reward = rewards.get_reward(config.reward, policy.device, config.get("reward_options"))
-    texts = [prompt for prompt, _ in prompts.common_animals()] * args.count
-    animals = [text.split()[-1] for text in texts]
+    texts, metadata = zip(*prompts.get_prompts(args.prompts or config.prompts) * args.count)
+    animals = [entry.get("animal", text.split()[-1]) for text, entry in zip(texts, metadata)]
     sample.guidance_scale = args.guidance_scale or sample.guidance_scale
     result = {"pictures": len(texts), "guidance_scale": sample.guidance_scale}
     for name, pictures in base_and_finetuned(policy, folder, texts, sample, args.seed):
-        values, info = rewards.compute_rewards(reward, pictures, texts, [{}] * len(texts))
+        values, info = rewards.compute_rewards(reward, pictures, texts, metadata)
         named = named_animals(pictures, args.classifier)
         result[name] = {
             "reward_mean": float(values.mean()),

@@ -9,10 +9,11 @@ a band from the lowest to the highest.
 import argparse
 import json
 import os
-import sys
 
 import matplotlib
 import numpy as np
+
+from ddpo import InputError, run_script
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -23,9 +24,9 @@ def read_metrics(run):
     try:
         with open(os.path.join(run, "metrics.jsonl")) as f:
             lines = [json.loads(line) for line in f]
-    except OSError:
-        sys.exit(f"error: {run!r} is not a run: it has no metrics.jsonl")
-    return {key: np.array([line[key] for line in lines]) for key in lines[0]}
+        return {key: np.array([line[key] for line in lines]) for key in lines[0]}
+    except (OSError, ValueError, LookupError) as error:
+        raise InputError(f"{run!r} is not a run with a finished round: no lines in its metrics.jsonl") from error
 
 
 def main():
@@ -38,7 +39,7 @@ def main():
     for run in args.runs:
         metrics = read_metrics(run)
         if args.key not in metrics:
-            sys.exit(f"error: {run} has no {args.key!r}: there is {', '.join(metrics)}")
+            raise InputError(f"{run} has no {args.key!r}: there is {', '.join(metrics)}")
         name = os.path.basename(os.path.normpath(run)).split("-seed")[0]
         groups.setdefault(name, []).append((metrics["reward_queries"], metrics[args.key]))
     figure, axes = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
@@ -58,4 +59,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

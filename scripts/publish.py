@@ -48,7 +48,7 @@ def write_card(run, config, kind, repo, checkpoint, licence, folder):
     """Writes FOLDER/README.md, curve.png and before_after.png. Returns the card's text."""
     metrics = read_metrics(run)
     figure, axes = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
-    axes.plot(metrics["reward_queries"], metrics["reward_mean"])
+    axes.plot(metrics["reward_queries"], metrics["reward_mean"], marker=".")
     axes.set_xlabel("reward queries")
     axes.set_ylabel(f"mean reward: {config['reward']}")
     axes.spines[["top", "right"]].set_visible(False)
@@ -61,13 +61,14 @@ def write_card(run, config, kind, repo, checkpoint, licence, folder):
         sheet.paste(before, (0, 0))
         sheet.paste(after, (before.width + 24, 0))
         sheet.save(folder / "before_after.png")
-    base, first, last = config["model"], metrics["reward_mean"][0], metrics["reward_mean"][-1]
+    sample, base, first, last = config["sample"], config["model"], metrics["reward_mean"][0], metrics["reward_mean"][-1]
     header = {
         "library_name": "diffusers", "pipeline_tag": "text-to-image", "license": licence or "other",
         "tags": ["ddpo", "reinforcement-learning", "stable-diffusion", *(["lora"] if kind == "lora" else [])],
     }  # fmt: skip
     if not os.path.isdir(base):  # a folder's name means nothing on the hub
         header["base_model"] = base
+    sampling = "num_inference_steps={num_steps}, guidance_scale={guidance_scale}, eta={eta}".format(**sample)
     method = f"LoRA of rank {config['lora_rank']}" if kind == "lora" else "full finetuning of the UNet"
     options = "\n".join(f"| `{key}` | `{value}` |" for key, value in sorted(flatten(config).items()))
     text = f"""---
@@ -87,12 +88,11 @@ The mean reward went from {first:.4g} in the first round to {last:.4g} in round 
 ## Use
 
 ```python
-from diffusers import {"StableDiffusionPipeline" if kind == "lora" else "StableDiffusionPipeline, UNet2DConditionModel"}
+from diffusers import DDIMScheduler, StableDiffusionPipeline{", UNet2DConditionModel" if kind == "unet" else ""}
 
 {LOAD[kind].format(base=base, repo=repo)}
-image = pipe("a cat", num_inference_steps={config["sample"]["num_steps"]}, guidance_scale={
-        config["sample"]["guidance_scale"]
-    }).images[0]
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # sampled as in training
+image = pipe("a cat", {sampling}).images[0]
 ```
 
 ## Licence
@@ -112,7 +112,8 @@ def prepare(run, repo, checkpoint, licence, folder):
     """Fills `folder` with what is uploaded: the card, its pictures, config.json of the run, the weights."""
     try:
         config = json.loads(Path(run, "config.json").read_text())
-    except (OSError, ValueError) as error:
+        del config["run_dir"], config["resume"]  # folders of this machine
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{run!r} is not a run: it has no config.json that can be read") from error
     folders = {os.path.basename(name): name for name in list_checkpoints(run)}
     if not folders or (checkpoint and checkpoint not in folders):
@@ -123,7 +124,7 @@ def prepare(run, repo, checkpoint, licence, folder):
     folder.mkdir(parents=True)
     # A LoRA lies at the top, where load_lora_weights looks; a UNet in unet/, as in every pipeline.
     shutil.copytree(Path(folders[checkpoint], kind), folder / ("" if kind == "lora" else kind), dirs_exist_ok=True)
-    shutil.copy(Path(run, "config.json"), folder / "ddpo_config.json")
+    (folder / "ddpo_config.json").write_text(json.dumps(config, indent=2))
     write_card(run, config, kind, repo, checkpoint, licence or base_licence(config["model"]), folder)
 
 

@@ -20,13 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from ddpo import InputError, prompts, rewards, run_script
-from ddpo.reward_model import read_jsonl
+from ddpo.reward_model import rank_correlation
 from ddpo.tracking import image_grid
-from scripts.annotate import shown
+from scripts.annotate import read_pairs, shown
 from scripts.evaluate import named_animals
 from scripts.sample import base_and_finetuned, open_run
 
@@ -86,7 +85,7 @@ def main():
     if args.what == "measure":
         return measure(args)
     folder, rater = Path(args.pairs), f"simulated-{args.seed}"
-    pairs = read_jsonl(folder / "pairs.jsonl")[args.first :]
+    pairs = read_pairs(folder / "pairs.jsonl")[args.first :]
     needed = args.count if args.what == "choose" else -(-args.count // 2)
     if len(pairs) < needed:
         raise InputError(f"{folder} has {len(pairs)} pairs from {args.first} on, and {needed} are needed")
@@ -98,7 +97,7 @@ def main():
         texts = [pair["prompt"] for pair in pairs[:needed] for _ in range(2)][: args.count]
         for reward in args.rewards:
             values, _ = rewards.get_reward(reward)(pictures, texts, [{}] * len(texts))
-            rho = spearmanr(values, list(likes.values())[: args.count]).statistic
+            rho = rank_correlation(values, list(likes.values())[: args.count])
             print(f"{reward}: rank correlation with the taste {rho:.3f} on {len(pictures)} pictures")
         return
     if args.what == "rate":

@@ -72,7 +72,8 @@ def draw(path, evaluation, kind, margin, target):
     axes.plot(ends, ends, color="gray", linewidth=1)
     axes.set_xlabel("predicted P(left)" if kind == "choices" else "predicted score")
     axes.set_ylabel("share of left votes" if kind == "choices" else "score")
-    axes.set_title(f"held out: accuracy {evaluation['accuracy']:.1%}, n = {evaluation['votes']}", fontsize=10)
+    accuracy = "" if evaluation["accuracy"] is None else f"accuracy {evaluation['accuracy']:.1%}, "
+    axes.set_title(f"held out: {accuracy}n = {evaluation['votes']}", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
@@ -100,9 +101,6 @@ def main():
     kind = "choices" if args.choices else "ratings"
     if args.choices:
         votes = [vote for vote in read_choices(args.choices) if vote["choice"] != "skip"]
-        unknown = next((vote["choice"] for vote in votes if vote["choice"] not in VOTES), None)
-        if unknown is not None:
-            raise InputError(f"{args.choices}: the choice {unknown!r} is none of left, right, tie, skip, undo")
         pictures = [(vote["left"], vote["right"]) for vote in votes]
         target = np.array([VOTES[vote["choice"]] for vote in votes], dtype=np.float32)
         raters = [vote["rater"] for vote in votes]
@@ -118,7 +116,7 @@ def main():
         raise InputError(f"there are {len(target)} votes; with fewer than {FEWEST} nothing can be held out")
     if target.min() == target.max():
         raise InputError(f"all {len(target)} votes are the same: there is nothing to learn from them")
-    missing = next((name for names in pictures for name in names if not os.path.exists(name)), None)
+    missing = next((name for names in pictures for name in names if not os.path.isfile(name)), None)
     if missing:
         raise InputError(f"the picture {missing} is not there")
     names = sorted({name for pair in pictures for name in pair})

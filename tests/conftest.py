@@ -3,6 +3,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,38 @@ def make_clip(folder, projection_dim):
     size = {"shortest_edge": 28}
     CLIPProcessor(CLIPImageProcessor(size=size, crop_size=28), tokenizer).save_pretrained(folder)
     return folder
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The part that the tests' HTTP servers share."""
+
+    def reply(self, body, status=200):
+        """Answers with bytes, or with anything else as JSON."""
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def http_server():
+    """http_server(handler class) starts a server on a free port, which ends with the test; its `address` is http://..."""
+    servers = []
+
+    def start(handler):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server.address = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
 
 
 SMALL = {  # a run of seconds

@@ -3,8 +3,10 @@
 import os
 import runpy
 import sys
+import threading
 import time
 import zlib
+from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -47,6 +49,22 @@ REWARDS = {
 
 if SABOTAGE in REWARDS:
     rewards.REWARDS["sabotaged"] = REWARDS[SABOTAGE]
+elif SABOTAGE == "scores come late":  # as on a GPU; and the first of two batches only after the second was sampled
+    submitted, result = threading.Semaphore(0), Future.result
+
+    def late(images, prompts, metadata):
+        late.calls += 1
+        if late.calls % 2 and not all(submitted.acquire(timeout=60) for _ in range(2)):
+            raise TimeoutError("the second batch is not sampled while the first is scored")
+        return by_prompt(images, prompts, metadata)
+
+    def do_not_wait(self, timeout=None):  # where train.py has a CPU wait for the score
+        if sys._getframe(1).f_code.co_name != "score":
+            return result(self, timeout)
+        submitted.release()
+
+    late.calls, Future.result = 0, do_not_wait
+    rewards.REWARDS["sabotaged"] = late
 elif SABOTAGE == "ranks drift apart" and RANK == 1:
     step = torch.optim.AdamW.step
 

@@ -15,9 +15,10 @@ from conftest import ROOT
 from PIL import Image
 
 from config.base import get_config
+from ddpo import InputError
 from ddpo.policy import load_policy
 from ddpo.reward_model import read_choices, read_jsonl
-from scripts.annotate import draw_pairs
+from scripts.annotate import draw_pairs, pair_up, read_pairs
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -165,7 +166,15 @@ def test_the_server_without_a_browser(pictures, tmp_path):
                            ({"rater": "a", "pair": 1, "choice": "left"}, "text/plain")):  # fmt: skip
             with pytest.raises(urllib.error.HTTPError):
                 post(address, body, kind)
-        for path in ("/image/0/2", "/image/99/0", "/../choices.jsonl", "/choices.jsonl", "/image/..%2f..%2fetc/0"):
+        os.remove(names[0])  # its /image/1/0 is then not found, as what never was a picture
+        for path in (
+            "/image/1/0",
+            "/image/0/2",
+            "/image/99/0",
+            "/../choices.jsonl",
+            "/choices.jsonl",
+            "/image/..%2fetc/0",
+        ):
             with pytest.raises(urllib.error.HTTPError):
                 urllib.request.urlopen(address + path)
         taken = [sys.executable, "-m", "scripts.annotate", "--images", str(pictures), "--output", str(output)]
@@ -174,6 +183,38 @@ def test_the_server_without_a_browser(pictures, tmp_path):
         assert "error: cannot listen on 127.0.0.1" in result.stderr and "Traceback" not in result.stderr
     finally:
         kill(process)
+
+
+def test_pairs_of_a_folder_can_be_enlarged(pictures, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    for count, expected in ((4, 4), (9, 9), (1000, 30)):  # 15 pairs of six cats, and as many of dogs
+        before = read_pairs(path)
+        pair_up(pictures, tmp_path, before, count)
+        pairs = read_pairs(path)
+        assert pairs[: len(before)] == before and len(pairs) <= expected
+        assert len(pairs) == expected or len(pairs) > 20  # "(nearly) all there are"
+        assert len({tuple(sorted(pair["images"])) for pair in pairs}) == len(pairs)
+        if count == 4:
+            assert len({name for pair in pairs for name in pair["images"]}) == 8  # none is used twice yet
+    os.remove(pairs[7]["images"][1])
+    with pytest.raises(InputError, match=f"the picture {pairs[7]['images'][1]} of pair 7 is not there"):
+        read_pairs(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        '{"pair": 0}',
+        '{"pair": 1, "prompt": "", "images": ["0.png", "1.png"]}',
+        '{"pair": 0, "prompt": "", "images": ["0.png"]}',
+        '{"pair": 0, "prompt": "", "images": 5}',
+    ],
+)
+def test_pairs_that_are_none_are_named(pictures, line):
+    (pictures / "pairs.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match="is not a pair of scripts.annotate"):
+        read_pairs(pictures / "pairs.jsonl")
 
 
 def test_pairs_of_a_model_can_be_enlarged(tiny, tmp_path):

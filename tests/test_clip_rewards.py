@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from config.base import get_config
 from ddpo import InputError, rewards
+from ddpo.clip import load_clip
 
 HEAD = Path(os.environ.get("DDPO_AESTHETIC_HEAD", ROOT / "../shared/data/aesthetic-head.pth"))
 PROMPTS, METADATA = ["a cat", "a dog riding a bike", "a fish"], [{}] * 3
@@ -172,9 +174,25 @@ def test_open_clip_attention_is_torchs(tmp_path):
         torch.testing.assert_close(ours(x)[0], theirs(x, x, x, need_weights=False)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_prompt_the_reward_would_cut_is_refused(images):
-    with pytest.raises(InputError, match="takes 24"):
-        rewards.get_reward(f"clipscore:{ROOT}/models/emoji/clip")(images[:1], ["a " + "very " * 30 + "cat"], [{}])
+def test_a_prompt_the_reward_would_cut_is_refused_at_the_start(images, tiny, tmp_path):
+    """By the limit of its own CLIP, before any sampling, in a mixture too; without a prompt set, when it scores."""
+    prompt = "a " + "very " * 30 + "cat"
+    (tmp_path / "prompts.txt").write_text(f"a cat\n{prompt}\n")
+    expression = "jpeg_compressibility + clipscore:models/emoji/clip"
+    result = launch(model=tiny, run_dir=tmp_path / "run", reward=expression, prompts=tmp_path / "prompts.txt",
+                    direct=True, check=False)  # fmt: skip
+    message = r"error: reward clipscore:models/emoji/clip: the prompt 'a very.* takes 24; .*1 of 2 prompts"
+    assert result.returncode == 1 and re.search(message, result.stderr), result.stderr
+    assert not (tmp_path / "run").exists()
+    for name in ("clipscore", "pickscore"):
+        with pytest.raises(InputError, match="takes 24"):
+            rewards.get_reward(f"{name}:models/emoji/clip")(images[:1], [prompt], [{}])
+
+
+def test_two_rewards_share_their_clip(clip_768):
+    loads = load_clip.cache_info().misses
+    rewards.get_reward(f"clipscore:{clip_768} + pickscore:{clip_768}")
+    assert load_clip.cache_info().misses <= loads + 1
 
 
 @pytest.mark.parametrize("name", ["aesthetic", "clipscore", "pickscore", "hpsv2", "alignment", "counting"])

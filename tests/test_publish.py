@@ -6,13 +6,10 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import ROOT
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from conftest import ROOT, Handler
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,7 +18,7 @@ from config.base import get_config
 from ddpo.policy import load_policy, save_weights
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Handler):
     """The part of the hub's interface that an upload uses; keeps what it is sent in server.files."""
 
     protocol_version = "HTTP/1.1"
@@ -74,31 +71,19 @@ class Hub(BaseHTTPRequestHandler):
         self.server.calls.append((self.path, self.headers.get("Authorization")))
         self.reply({"id": "me/model", "xetEnabled": False, "siblings": [], "sha": "abc"}, self.server.status)
 
-    def reply(self, value, status=200):
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
 
 @pytest.fixture
-def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.address = f"http://127.0.0.1:{server.server_port}"
+def hub(http_server):
+    server = http_server(Hub)
     server.calls, server.files, server.blobs, server.status = [], {}, {}, 200
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    return server
 
 
 def make_run(model, folder, lora_rank):
     """What train.py leaves behind, with weights that differ from the base's."""
     config = get_config()
     config.update_from_flattened_dict({"model": model, "lora_rank": lora_rank, "reward": "pickscore + 0.1*hpsv2"})
+    config.run_dir = str(folder)
     policy = load_policy(model, lora_rank, "fp32", "cpu")
     with torch.no_grad():
         for p in policy.trainable_parameters():
@@ -115,8 +100,8 @@ def make_run(model, folder, lora_rank):
 
 def publish(run, *arguments, **env):
     command = [sys.executable, "-m", "scripts.publish", "--run", str(run), "--repo", "me/model", *arguments]
-    env = {**os.environ, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(run / "home"), "HF_TOKEN": "", **env}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    hub = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(run / "home"), "HF_TOKEN": ""}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | hub | env)
 
 
 @pytest.mark.parametrize("lora_rank", [4, 0])
@@ -137,17 +122,20 @@ def test_what_is_uploaded_is_the_run(tiny, tmp_path, hub, lora_rank):
     assert card.data.license == "openrail" and card.data.library_name == "diffusers" and "ddpo" in card.data.tags
     for words in ("from 1.25", "to 7.5", "pickscore + 0.1*hpsv2", "`train.clip_range` | `0.0001`", 'me/model"'):
         assert words in card.text, words
+    assert str(tmp_path / "run") not in card.content + (folder / "ddpo_config.json").read_text()  # nobody's business
     assert Image.open(folder / "curve.png").size[0] > 300
     grid = Image.open(folder / "before_after.png")
     assert grid.getpixel((5, 5)) == (255, 0, 0) and grid.getpixel((grid.width - 5, 5)) == (0, 0, 255)
     assert json.loads((folder / "ddpo_config.json").read_text())["model"] == tiny
-    # It loads as the card says.
+    # It loads and draws as the card says.
+    code = card.text.split("```python\n")[1].split("```")[0]
+    said = {}
+    exec(code.replace("me/model", str(folder)).replace("num_inference_steps=50", "num_inference_steps=2"), said)
+    assert said["image"].size == (16, 16) and said["pipe"].scheduler.__class__.__name__ == "DDIMScheduler"
     if lora_rank:
-        StableDiffusionPipeline.from_pretrained(tiny).load_lora_weights(str(folder))
         assert len(load_file(folder / "pytorch_lora_weights.safetensors")) == len(policy.trainable_parameters())
     else:
-        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
-        assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), policy.unet.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(said["pipe"].unet.parameters(), policy.unet.parameters()))
 
 
 def test_dry_run_and_mistakes(tiny, tmp_path, hub):

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,9 +115,52 @@ def test_undo_skip_and_cut_lines(tmp_path):
     assert [(v["rater"], v["pair"], v["choice"]) for v in votes] == [
         ("x", 0, "left"), ("y", 0, "right"), ("x", 1, "right"), ("x", 2, "skip")]  # fmt: skip
     assert votes[0]["left"] == str(tmp_path / "a.png")
-    path.write_text('{"choice": "left"}\n')
-    with pytest.raises(InputError, match="not a choice"):
+
+
+CLICK = '{"pair": 0, "left": "a.png", "right": "b.png", "choice": "left", "rater": "x"}'
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"\xff\xfe\x00", "cannot read .* not UTF-8"),
+        (b"image,score\nb.png,3\n", "line 1 is not JSON"),
+        (f"{CLICK}\n\n[1, 2}}\n{CLICK}\n".encode(), "line 3 is not JSON"),
+        (b"5\n", "5 is not a choice"),
+        (b'{"choice": "left"}\n', "not a choice .*'rater'"),
+        (CLICK.replace('"left",', '"both",').encode(), "not a choice .*'both' is none of left, right"),
+        (CLICK.replace("0", "[0]").encode(), "not a choice"),
+    ],
+)
+def test_rubbish_instead_of_choices_is_named(tmp_path, text, message):
+    path = tmp_path / "choices.jsonl"
+    path.write_bytes(text)
+    with pytest.raises(InputError, match=message) as error:
         rm.read_choices([path])
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("r.csv", b"\x89PNG\r\n", "not UTF-8"), ("r.csv", b"", "none of its 0"),
+        ("r.csv", b"score,image\n5\n", "entry 1"),
+        ("r.csv", b"image,score\nb.png,good\n", "entry 1"), ("r.csv", b"image,score\nb.png,nan\n", "entry 1.*nan"),
+        ("r.csv", b"image,score\nc.png,1\n", "none of its 1"), ("r.csv", b"image,score\nb.png,1\n,2\n", "entry 2"),
+        ("r.csv", b'image,score\n"' + b"b" * 200_000 + b'",1\n', "not CSV"), ("r.jsonl", b"5\n", "entry 1"),
+        ("r.jsonl", b'{"image": 5, "score": 5}\n', "entry 1"), ("AVA.txt", b"1 b 0 0 0 0 0 0 0 0 0 0 1\n", "entry 1"),
+        ("AVA.txt", b"1 b 0 0 1 0\n", "entry 1"), ("AVA.txt", b"1\n", "entry 1"),
+    ],
+)  # fmt: skip
+def test_rubbish_instead_of_ratings_is_named(tmp_path, name, text, message):
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    path = str(tmp_path / name)
+    with pytest.raises(InputError, match="cannot read"):
+        rm.read_ratings(path)
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(InputError, match=message) as error:
+        rm.read_ratings(path)
+    assert path in str(error.value)
 
 
 def test_ava_and_tables(tmp_path):
@@ -131,10 +175,32 @@ def test_ava_and_tables(tmp_path):
     assert [(s, r) for _, s, r in rm.read_ratings(str(tmp_path / "r.csv"))] == [(3.5, "ann"), (4.0, "bob")]
     (tmp_path / "r.jsonl").write_text('{"image": "b.png", "score": 2}\n')
     assert rm.read_ratings(str(tmp_path / "r.jsonl")) == [(str(tmp_path / "b.png"), 2.0, "")]
-    for text, message in (("image,score\nb.png,good\n", "entry 1"), ("image,score\nc.png,1\n", "none of its 1")):
-        (tmp_path / "bad.csv").write_text(text)
-        with pytest.raises(InputError, match=message):
-            rm.read_ratings(str(tmp_path / "bad.csv"))
+
+
+def test_votes_that_are_all_alike_say_nothing_of_order():
+    ties = rm.evaluate_choices(np.array([1.0, -1.0]), np.array([0.5, 0.5]))
+    assert ties["accuracy"] is None and ties["rank_correlation"] is None and ties["log_loss"] > 0
+    same = rm.evaluate_ratings(np.array([1.0, 2.0]), np.array([3.0, 3.0]))
+    assert same["accuracy"] is None and same["r2"] is None and same["rmse"] == pytest.approx(np.sqrt(2.5))
+
+
+def test_a_damaged_picture_is_named_and_the_others_embeddings_kept(tmp_path, monkeypatch):
+    paths = [str(tmp_path / f"{name}.png") for name in "abc"]
+    for path, colour in zip(paths, ("red", "green", "blue")):
+        Image.new("RGB", (64, 64), colour).save(path)
+    Path(paths[1]).write_bytes(Path(paths[1]).read_bytes()[:60])
+    with pytest.raises(InputError, match="cannot read the picture .*b.png"):
+        rm.cached_embeddings(CLIP, paths, tmp_path / "cache", batch_size=1)
+    monkeypatch.setattr(rm, "embed_images", None)
+    assert rm.cached_embeddings(CLIP, paths[:1], tmp_path / "cache").shape[0] == 1
+
+
+def test_a_folder_that_is_no_reward_model(tmp_path):
+    (tmp_path / "head.safetensors").write_text("?" * 99)
+    for text in ("[]", "{", '{"encoder": "models/emoji/clip"}', '{"encoder": "models/emoji/clip", "hidden": 0}'):
+        (tmp_path / "reward.json").write_text(text)
+        with pytest.raises(InputError, match=f"^reward learned:{tmp_path}: the folder holds no reward model"):
+            rewards.get_reward(f"learned:{tmp_path}")
 
 
 def test_the_cache_knows_pictures_by_their_content(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """Rewards, and what happens to one that misbehaves."""
 
 import io
+import json
 
 import numpy as np
 import pytest
+from conftest import launch
 from PIL import Image
 
 from ddpo import InputError, rewards
@@ -61,3 +63,18 @@ def test_a_reward_that_raises_is_named(images):
 
     with pytest.raises(InputError, match="my_reward raised ZeroDivisionError: oh no"):
         rewards.compute_rewards(my_reward, images, PROMPTS, METADATA)
+
+
+def test_scores_may_come_after_the_next_batch(tiny, tmp_path):
+    """A GPU scores a batch while it samples the next. Here each round scores its first batch only once the second
+    has been sampled: the same run comes out."""
+    runs = {}
+    for sabotage in ("by prompt", "scores come late"):
+        folder = tmp_path / sabotage.replace(" ", "-")
+        options = {"model": tiny, "reward": "sabotaged", "script": "tests/saboteur.py", "direct": True}
+        launch(run_dir=folder, env={"SABOTAGE": sabotage}, **options)
+        runs[sabotage] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for at_once, late in zip(runs["by prompt"], runs["scores come late"], strict=True):
+        timed = {"seconds", "images_per_second"}
+        assert {k: v for k, v in at_once.items() if k not in timed} == {k: v for k, v in late.items() if k not in timed}
+        assert at_once["reward_std"] > 0

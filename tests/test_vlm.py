@@ -5,18 +5,18 @@ import io
 import json
 import os
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Handler
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -172,8 +172,8 @@ def served(llava, tmp_path_factory):
 
 def test_both_backends_give_the_same_answers(llava, served, images):
     questions = ["what animal is this", "how many cat are there"] * 3
-    here = vlm.load_vlm("test", llava, batch_size=4)(images, questions)
-    there = vlm.load_vlm("test", served, vlm_name=llava, concurrency=3)(images, questions)
+    here = vlm.load_vlm(llava, batch_size=4)(images, questions)
+    there = vlm.load_vlm(served, vlm_name=llava, concurrency=3)(images, questions)
     assert here == there
     assert len(set(here[::2])) > 1 and any(here)  # the pictures are seen: the same question, different answers
 
@@ -189,15 +189,22 @@ def test_alignment_and_counting_from_a_server(llava, bert, served, images):
     counting = rewards.get_reward(f"counting:{served}", options=settings)
     values, _ = rewards.compute_rewards(counting, images, [p for p, _ in drawn], [m for _, m in drawn])
     assert set(values.tolist()) <= {0.0, 0.5, 1.0}
-    with pytest.raises(InputError, match="needs prompts with questions.*'a cat'"):
-        counting(images[:1], ["a cat"], [{}])
+    with pytest.raises(InputError, match="^reward counting:.*needs prompts with questions.*'a cat'"):
+        rewards.get_reward(f"counting:{served}", options=settings, prompt_set=[*drawn, ("a cat", {})])
 
 
-class Script(BaseHTTPRequestHandler):
-    """A server that answers with the (status, body) that `plan(number of the request, its body)` returns."""
+def test_alignment_and_counting_share_their_model(llava, bert):
+    loads = vlm.load_vlm.cache_info().misses
+    settings = options(bertscore_model=bert, bertscore_layer=2)
+    rewards.get_reward(f"alignment:{llava} + counting:{llava}", options=settings)
+    assert vlm.load_vlm.cache_info().misses <= loads + 1
+
+
+class Script(Handler):
+    """A server that answers with the (body, status) that `plan(number of the request, its body)` returns."""
 
     def do_GET(self):
-        self.answer(200, b'{"data": [{"id": "some-model"}]}')
+        self.reply({"data": [{"id": "some-model"}]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -206,33 +213,21 @@ class Script(BaseHTTPRequestHandler):
             number = len(self.server.requests)
         planned = self.server.plan(number, body)
         if isinstance(planned, tuple):
-            self.answer(*planned)
-
-    def answer(self, status, body):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
+            self.reply(*planned)
 
 
 @pytest.fixture
-def scripted(monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Script)
-    server.requests, server.lock = [], threading.Lock()
-    server.address = f"http://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    server.pauses = []
+def scripted(http_server, monkeypatch):
+    server = http_server(Script)
+    server.requests, server.lock, server.pauses = [], threading.Lock(), []
+    server.address += "/v1"
     monkeypatch.setattr(vlm.time, "sleep", server.pauses.append)  # the client's; the server has its own
     vlm.load_vlm.cache_clear()
-    yield server
-    server.shutdown()
+    return server
 
 
 def said(text):
-    return 200, json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+    return ({"choices": [{"message": {"content": text}}]},)
 
 
 def colour_of(body):
@@ -248,48 +243,56 @@ def colour_of(body):
 def test_answers_come_back_in_order_over_concurrent_retried_requests(scripted, monkeypatch):
     """Every second request fails at first; each picture still gets its own answer, and the key its header."""
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    scripted.plan = lambda number, body: (503, b"busy") if number % 2 else said(f" {colour_of(body)} ")
+    scripted.plan = lambda number, body: (b"busy", 503) if number % 2 else said(f" {colour_of(body)} ")
     colours = ["red", "blue", "blue", "red", "blue"]
     pictures = [Image.new("RGB", (16, 16), colour) for colour in colours]
     # One at a time, so that "every second" is each picture's first attempt.
-    assert vlm.load_vlm("test", scripted.address, concurrency=1)(pictures, ["what?"] * 5) == colours
+    assert vlm.load_vlm(scripted.address, concurrency=1)(pictures, ["what?"] * 5) == colours
     assert len(scripted.requests) == 10 and len(scripted.pauses) == 5 and all(1 <= p <= 2 for p in scripted.pauses)
     path, headers, body = scripted.requests[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
     assert body["model"] == "some-model" and body["temperature"] == 0 and headers["Content-Type"] == "application/json"
     scripted.plan = lambda number, body: said(colour_of(body))
-    assert vlm.load_vlm("test", scripted.address, concurrency=5)(pictures, ["what?"] * 5) == colours
+    assert vlm.load_vlm(scripted.address, concurrency=5)(pictures, ["what?"] * 5) == colours
 
 
 def test_a_failing_server_names_the_picture(scripted):
     pictures = [Image.new("RGB", (16, 16), colour) for colour in ("red", "red", "blue")]
-    ask = vlm.load_vlm("reward counting", scripted.address, concurrency=1)
-    scripted.plan = lambda number, body: said("yes") if colour_of(body) == "red" else (500, b"out of memory")
-    with pytest.raises(InputError, match="reward counting.*picture 2 of 3.*'what[?]'.*500.*out of memory") as error:
+    ask = vlm.load_vlm(scripted.address, concurrency=1)
+    scripted.plan = lambda number, body: said("yes") if colour_of(body) == "red" else (b"out of memory", 500)
+    with pytest.raises(InputError, match="picture 2 of 3.*'what[?]'.*500.*out of memory") as error:
         ask(pictures, ["what?"] * 3)
     assert len(scripted.requests) == 2 + vlm.ATTEMPTS and "\n" not in str(error.value)
     assert all(2**i <= pause <= 2 ** (i + 1) for i, pause in enumerate(scripted.pauses))  # 1-2, 2-4, 4-8 s
     scripted.requests.clear()
-    scripted.plan = lambda number, body: (401, b"no such key")  # asking again would not help
+    scripted.plan = lambda number, body: (b"no such key", 401)  # asking again would not help
     with pytest.raises(InputError, match="picture 0.*401.*no such key"):
         ask(pictures[:1], ["what?"])
     assert len(scripted.requests) == 1
-    scripted.plan = lambda number, body: (200, b'{"error": "?"}')
+    scripted.plan = lambda number, body: ({"error": "?"},)
     with pytest.raises(InputError, match="picture 0 with no message"):
         ask(pictures, ["what?"] * 3)
-    scripted.plan = lambda number, body: (200, b"<html>")
+    scripted.plan = lambda number, body: (b"<html>",)
     with pytest.raises(InputError, match="picture 0.*not JSON"):
         ask(pictures, ["what?"] * 3)
 
 
-def test_a_server_that_hangs_or_is_not_there(scripted):
+def test_a_server_that_hangs_or_is_none_or_is_not_there(scripted, http_server):
     hang = threading.Event()
     scripted.plan = lambda number, body: hang.wait(5)  # longer than the timeout
-    ask = vlm.load_vlm("test", scripted.address, timeout=0.2)
+    ask = vlm.load_vlm(scripted.address, timeout=0.2)
     start = time.perf_counter()
     with pytest.raises(InputError, match="picture 0.*timed out"):
         ask([Image.new("RGB", (16, 16))], ["what?"])
     assert time.perf_counter() - start < 4 and len(scripted.requests) == vlm.ATTEMPTS
     hang.set()
+
+    class NotHTTP(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(1000)
+            self.request.sendall(b"+OK POP3 server ready\r\n")
+
+    with pytest.raises(InputError, match="no server at .*BadStatusLine"):
+        rewards.get_reward(f"counting:{http_server(NotHTTP).address}/v1")
     with pytest.raises(InputError, match="no server at http://127.0.0.1:9/v1"):
         rewards.get_reward("counting:http://127.0.0.1:9/v1")

@@ -4,6 +4,7 @@
     python -m scripts.simulate_rater rate --pairs runs/pairs --count 500        (scores 1 to 10, as CSV)
     python -m scripts.simulate_rater check --pairs runs/pairs --first 1500 --count 600 --rewards learned:FOLDER ...
     python -m scripts.simulate_rater measure --run runs/NAME                    (the true taste before and after a run)
+    python -m scripts.simulate_rater plot --runs runs/A runs/B ... --output taste.png      (what was measured, by votes)
 
 The reward model sees the votes, never `taste`. The pairs come from `scripts.annotate --draw_only`. The rater is noisy
 as Bradley and Terry have it: P(a is chosen) = sigmoid((taste(a) - taste(b)) / TEMPERATURE), and calls it a tie when the
@@ -17,6 +18,7 @@ import os
 import time
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from PIL import Image
@@ -28,6 +30,9 @@ from ddpo.tracking import image_grid
 from scripts.annotate import read_pairs, shown
 from scripts.evaluate import named_animals
 from scripts.sample import base_and_finetuned, open_run
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
 
 TEMPERATURE = 0.45  # in units of taste, whose standard deviation over the base model's pictures is about 1
 TIE = 0.15  # closer than this, in the rater's noisy eyes, is a tie
@@ -70,7 +75,7 @@ def choose(difference, rng):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("choose", "rate", "check", "measure"))
+    parser.add_argument("what", choices=("choose", "rate", "check", "measure", "plot"))
     parser.add_argument("--pairs", default="", help="a folder with pairs.jsonl")
     parser.add_argument("--first", type=int, default=0, help="the first pair that is judged")
     parser.add_argument(
@@ -80,10 +85,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the rater's noise; measure: of the pictures")
     parser.add_argument("--output", default="", help="default: PAIRS/choices.jsonl, PAIRS/ratings.csv, RUN/taste.json")
     parser.add_argument("--run", default="", help="measure: a run's folder")
+    parser.add_argument("--runs", nargs="+", default=[], help="plot: runs that were measured")
     parser.add_argument("--checkpoint", default="", help="measure: a name in RUN/checkpoints; default: the newest")
     args = parser.parse_args()
-    if args.what == "measure":
-        return measure(args)
+    if args.what in ("measure", "plot"):
+        return {"measure": measure, "plot": plot}[args.what](args)
     folder, rater = Path(args.pairs), f"simulated-{args.seed}"
     pairs = read_pairs(folder / "pairs.jsonl")[args.first :]
     needed = args.count if args.what == "choose" else -(-args.count // 2)
@@ -148,6 +154,37 @@ def measure(args):
     print(json.dumps(result, indent=1))
     with open(args.output or os.path.join(args.run, "taste.json"), "w") as f:
         json.dump(result, f, indent=1)
+
+
+def plot(args):
+    """Draws the true taste after finetuning against the votes that each run's reward model had learned from."""
+    groups, before = {}, []
+    for run in args.runs:
+        try:
+            measured = json.loads(Path(run, "taste.json").read_text())
+            reward = json.loads(Path(run, "config.json").read_text())["reward"].removeprefix("learned:")
+            learned = json.loads(Path(reward, "reward.json").read_text())
+        except OSError as error:
+            raise InputError(f"{run} is not a run with a learned reward that was measured: {error}") from error
+        points = groups.setdefault(learned["kind"], {}).setdefault(learned["votes"], [])
+        points.append(measured["finetuned"]["taste"])
+        before.append(measured["base"]["taste"])
+    figure, axes = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
+    for marker, (kind, points) in zip("os", sorted(groups.items())):
+        votes = sorted(points)
+        (line,) = axes.plot(votes, [np.mean(points[n]) for n in votes], linewidth=1)
+        x, y = zip(*((n, value) for n in votes for value in points[n]))
+        axes.plot(x, y, marker, color=line.get_color(), alpha=0.6, label=f"{kind}: a point per seed, line: mean")
+    axes.axhline(np.mean(before), color="gray", linestyle=":", label="base model")
+    ticks = sorted({n for points in groups.values() for n in points})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("votes that the reward model learned from")
+    axes.set_ylabel("true taste after DDPO")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(args.output or "taste.png", dpi=150)
 
 
 if __name__ == "__main__":

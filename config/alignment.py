@@ -8,25 +8,22 @@ sees it.
 Prompts: 45 animals washing the dishes, riding a bike or playing chess. LLaVA 1.5 13B runs in the training process by
 default, whose 13 billion weights take 26 GB in half precision; elsewhere: `--config.reward=alignment:http://HOST:PORT/v1`.
 
-Not yet run on the real weights. The way to a server has been, with `transformers serve`.
+288 images a round in 2 updates (LoRA) or 256 in 4 (full), 200 rounds; `one_gpu`: 24 in 8, 200 rounds. Not yet run on
+the real weights, nor has the time or the memory been measured on a GPU. The way to a server has been, with
+`transformers serve`.
 """
 
-from config import aesthetic, compressibility
-from ddpo import choose
+from config import compressibility
 
 
 def get_config(variant="lora"):
-    method = choose("variant", variant, {"lora": "lora", "full": "full", "one_gpu": "lora"})
-    config = compressibility.get_config(method)
+    config = compressibility.get_config(variant)
     config.reward = "alignment"
     config.reward_options.precision = "bf16"
     config.prompts = "animal_activities"
-    config.stats.min_count = 16
     config.stats.buffer_size = 32
     if variant == "lora":
         config.num_epochs = 200
         config.sample.images_per_epoch = 288
         config.train.updates_per_epoch = 2
-    if variant == "one_gpu":
-        aesthetic.one_gpu(config)
     return config

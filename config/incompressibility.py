@@ -1,7 +1,8 @@
 """Incompressibility at the paper's scale: Stable Diffusion 1.4 learns to make large JPEG files.
 
-    accelerate launch train.py --config config/incompressibility.py          (LoRA, the port's settings)
-    accelerate launch train.py --config config/incompressibility.py:full     (the paper's settings)
+    accelerate launch train.py --config config/incompressibility.py            (LoRA, the port's settings)
+    accelerate launch train.py --config config/incompressibility.py:full       (the paper's settings)
+    accelerate launch train.py --config config/incompressibility.py:one_gpu    (LoRA in small rounds: trl's post)
 
 All else as in compressibility.py. Not yet run on the real weights.
 """

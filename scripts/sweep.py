@@ -1,0 +1,144 @@
+"""Runs a sweep of config/sweeps.py, one job after another, and keeps what the figures need.
+
+    python -m scripts.sweep fig4 --jobs 2
+
+Each job is a run of train.py with one CPU thread (--threads), in runs/sweeps/NAME/JOB. When it is done, its
+config.json, metrics.jsonl and last picture grid go to results/sweeps/NAME/JOB, with job.json: the command, commit,
+hardware and time. Jobs that are there already are skipped. A sweep that was stopped with Ctrl-C or killed goes on where
+it was when it is started again: a job that had begun resumes from its last checkpoint.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import torch
+
+from config.sweeps import SWEEPS
+from ddpo import InputError, choose, run_script
+from ddpo.checkpoint import list_checkpoints
+
+
+def hardware():
+    """One line: the GPU, or the CPU's name and its cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        with open("/proc/cpuinfo") as f:
+            name = next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def commit():
+    """The commit that is checked out, with "+" if files of the code differ from it."""
+
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--short", "train.py", "ddpo", "config"))
+
+
+def train_command(options, threads):
+    """The command line of a job, without where it runs."""
+    options = {**options, "threads": threads}
+    arguments = [f"--config.{key}={value}" for key, value in options.items() if key != "config"]
+    return ["train.py", "--config", options["config"], *arguments]
+
+
+def start(run_dir, options, threads):
+    """Starts a job, or resumes it; returns its process, or None if there is nothing left to do."""
+    command, where = train_command(options, threads), f"--config.run_dir={run_dir}"
+    if os.path.exists(os.path.join(run_dir, "config.json")):
+        with open(os.path.join(run_dir, "config.json")) as f:
+            epochs = json.load(f)["num_epochs"]
+        if any(folder.endswith(f"epoch_{epochs:04d}") for folder in list_checkpoints(run_dir)):
+            return None
+        where = f"--config.resume={run_dir}"
+    os.makedirs(run_dir, exist_ok=True)
+    with open(os.path.join(run_dir, "log.txt"), "a") as log:
+        # A session of its own: Ctrl-C reaches this script alone, which passes it on.
+        return subprocess.Popen([sys.executable, *command, where], stdout=log, stderr=log, start_new_session=True)
+
+
+def collect(run_dir, folder, job):
+    """Copies what the figures need from a finished run to results/, job.json last: it marks the job as done. Returns
+    the lines of metrics.jsonl."""
+    os.makedirs(folder, exist_ok=True)
+    grids = sorted(os.listdir(os.path.join(run_dir, "images")))
+    for name in ("config.json", "metrics.jsonl", os.path.join("images", grids[-1])):
+        shutil.copy(os.path.join(run_dir, name), folder)
+    with open(os.path.join(folder, "metrics.jsonl")) as f:
+        metrics = [json.loads(line) for line in f]
+    job["seconds"] = round(sum(line["seconds"] for line in metrics), 1)
+    with open(os.path.join(folder, "job.json"), "w") as f:
+        json.dump(job, f, indent=1)
+    return metrics
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help=f"one of: {', '.join(SWEEPS)}")
+    parser.add_argument("--jobs", type=int, default=1, help="how many run at a time")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each")
+    parser.add_argument("--results", default="results/sweeps")
+    parser.add_argument("--runs", default="runs/sweeps")
+    args = parser.parse_args()
+
+    jobs = choose("sweep", args.name, SWEEPS)()
+    results, runs = (
+        {job: os.path.join(parent, args.name, job) for job in jobs} for parent in (args.results, args.runs)
+    )
+    waiting = [job for job in jobs if not os.path.exists(os.path.join(results[job], "job.json"))]
+    done, failed, running, seconds = len(jobs) - len(waiting), [], {}, []
+    print(f"{args.name}: {len(jobs)} jobs, {done} of them done", flush=True)
+    machine = {"commit": commit(), "hardware": hardware(), "threads": args.threads}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                job = waiting.pop(0)
+                running[job] = start(runs[job], jobs[job], args.threads), time.time()
+            time.sleep(0.2)
+            for job, (process, since) in list(running.items()):
+                if process is not None and process.poll() is None:
+                    continue
+                del running[job]
+                if process is not None and process.returncode:
+                    failed.append(job)
+                    print(f"{job} failed: see {os.path.join(runs[job], 'log.txt')}", flush=True)
+                    continue
+                command = "python " + shlex.join(train_command(jobs[job], args.threads))
+                metrics = collect(runs[job], results[job], {"command": command, **machine})
+                done += 1
+                seconds.append(time.time() - since)
+                left = sum(seconds) / len(seconds) * (len(waiting) + len(running)) / args.jobs
+                print(
+                    f"[{done}/{len(jobs)}] {job}: {seconds[-1]:.0f} s, reward {metrics[0]['reward_mean']:.3f} to "
+                    f"{metrics[-1]['reward_mean']:.3f}; about {timedelta(seconds=round(left))} left",
+                    flush=True,
+                )
+    except KeyboardInterrupt:
+        for process, _ in running.values():
+            if process is not None:
+                process.send_signal(signal.SIGINT)
+        print("stopping: the jobs finish their round and save", flush=True)
+        for process, _ in running.values():
+            if process is not None:
+                process.wait()
+        sys.exit(130)
+    if failed:
+        raise InputError(f"{len(failed)} job(s) failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,73 @@
+"""The presets at the paper's scale: that they load, mean what they should, and train."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+
+import train
+from config.base import check
+from config.sweeps import SWEEPS
+from ddpo import InputError
+
+# images a round, updates a round, rounds, learning rate, rank, rewards kept per prompt, advantage clip
+LORA, FULL, ONE_GPU = (256, 4, 100, 3e-4, 4, 16, 5), (256, 4, 200, 1e-5, 0, 32, 10), (24, 8, 200, 3e-4, 4, 32, 5)
+INTENDED = {
+    "compressibility:lora": LORA, "compressibility:full": FULL, "compressibility:one_gpu": ONE_GPU,
+    "incompressibility:lora": LORA, "incompressibility:full": FULL, "incompressibility:one_gpu": ONE_GPU,
+    "aesthetic:lora": (256, 2, 200, 3e-4, 4, 32, 5), "aesthetic:full": FULL, "aesthetic:one_gpu": ONE_GPU,
+    "alignment:lora": (288, 2, 200, 3e-4, 4, 32, 5), "alignment:full": FULL, "alignment:one_gpu": ONE_GPU,
+}  # fmt: skip
+
+
+def load(preset):
+    module, _, variant = preset.partition(":")
+    return importlib.import_module(f"config.{module}").get_config(variant)
+
+
+@pytest.mark.parametrize("preset", INTENDED)
+def test_settings_are_those_of_the_sources(preset):
+    config = load(preset)
+    sample, opt = config.sample, config.train
+    numbers = sample.images_per_epoch, opt.updates_per_epoch, config.num_epochs, opt.learning_rate
+    assert (*numbers, config.lora_rank, config.stats.buffer_size, opt.advantage_clip) == INTENDED[preset]
+    assert (sample.num_steps, sample.guidance_scale, sample.eta, opt.clip_range) == (50, 5.0, 1.0, 1e-4)
+    assert (opt.adam_weight_decay, opt.adam_beta1, opt.adam_beta2, opt.adam_epsilon) == (1e-4, 0.9, 0.999, 1e-8)
+    assert opt.max_grad_norm == 1.0 and opt.inner_epochs == 1 and config.precision in ("bf16", "fp32")
+    for processes in (1, 2, 8):
+        if preset.endswith("one_gpu") and processes > 1:
+            with pytest.raises(InputError, match="does not split"):
+                check(config, processes)
+            continue
+        check(config, processes)
+        share = sample.images_per_epoch // opt.updates_per_epoch // processes  # samples of an update on each
+        assert share * processes * opt.updates_per_epoch == sample.images_per_epoch
+        assert 1 <= min(opt.batch_size, share) <= 8 and 1 <= sample.batch_size <= 8
+
+
+@pytest.mark.parametrize("preset", INTENDED)
+def test_an_epoch_on_a_tiny_model(tiny, tmp_path, monkeypatch, preset):
+    """As the preset has it, but for the model, the judges whose weights are not here, and the number of steps."""
+    config = load(preset)
+    config.update_from_flattened_dict({
+        "model": tiny, "run_dir": str(tmp_path), "num_epochs": 1, "grid_images": 1, "threads": 1,
+        "sample.num_steps": 2, "sample.images_per_epoch": config.train.updates_per_epoch,
+    })  # fmt: skip
+    if not config.reward.startswith("jpeg"):
+        config.reward = "jpeg_compressibility"
+    monkeypatch.setattr(train.guards.signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
+    train.train(config, "preset")
+    (line,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(value) for value in line.values()) and line["grad_norm"] > 0 and line["ratio_error"] == 0
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_sweeps_name_options_that_exist(name):
+    for job, options in SWEEPS[name]().items():
+        options = dict(options)
+        module, _, variant = options.pop("config").removeprefix("config/").partition(".py:")
+        config = load(f"{module}:{variant}")
+        config.update_from_flattened_dict({k: float(v) if v == "inf" else v for k, v in options.items()})
+        check(config)
+        assert job.endswith(f"-seed{config.seed}")

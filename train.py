@@ -61,11 +61,8 @@ def train(config, preset):
     policy.scheduler.set_timesteps(sample.num_steps)
     noise_shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))
 
+    policy.keep(base=opt.kl_weight > 0, ema_decay=opt.ema_decay)
     parameters = policy.trainable_parameters()
-    if opt.kl_weight:
-        policy.keep_base()
-    if opt.ema_decay:
-        policy.start_ema(opt.ema_decay)
     optimizer = torch.optim.AdamW(
         parameters, opt.learning_rate, (opt.adam_beta1, opt.adam_beta2), opt.adam_epsilon, opt.adam_weight_decay
     )
@@ -77,7 +74,7 @@ def train(config, preset):
     per_update = sample.images_per_epoch // updates  # samples in an update, over all processes
     share = per_update // processes  # of which this process has so many
     mine = [u * per_update + rank * share + k for u in range(updates) for k in range(share)]
-    # Of a sample whose own likelihood is trained, an update sees one timestep, drawn anew from all that there are.
+    # (An update of a sample's own likelihood sees one timestep, drawn anew from all that there are.)
     trained_steps = round(opt.timestep_fraction * sample.num_steps) if likelihood == "step" else 1
     guidance = sample.guidance_scale if opt.guidance else 1.0  # in training
     stds = step_stds(policy.scheduler, sample.eta).to(device)
@@ -167,8 +164,8 @@ def train(config, preset):
         whole = sorted(gather_object(list(zip(mine, my_prompts, my_rewards.tolist()))))
         all_rewards = np.array([reward for _, _, reward in whole])
         all_prompts = [prompt for _, prompt, _ in whole]
-        weights = weigh(all_rewards, advantage(all_prompts, all_rewards, tracker), all_prompts, opt)[mine]
-        weights = torch.as_tensor(weights, dtype=torch.float32, device=device)
+        weights = weigh(all_rewards, advantage(all_prompts, all_rewards, tracker), all_prompts, opt)
+        weights = torch.as_tensor(weights[mine], dtype=torch.float32, device=device)
         if np.ptp(all_rewards) == 0:
             accelerator.print(f"warning: epoch {epoch}: the reward is {all_rewards[0]:g} for all: nothing to learn")
 
@@ -189,23 +186,20 @@ def train(config, preset):
             columns = torch.as_tensor(steps, device=device).repeat_interleave(len(rows))
             return zip(rows.repeat(trained_steps).split(batch_size), columns.split(batch_size))
 
-        def log_prob_of(row, column, kl=False):
-            """log p_theta(x_{t-1} | x_t) of transitions under the current weights, and their KL from the base model."""
-            log_prob, kl = step_log_prob(
-                policy, latents[row, column], latents[row, column + 1], timesteps[column], prompt_embeds[row],
-                negative_embeds, guidance, sample.eta, kl,
-            )  # fmt: skip
+        def log_prob_of(inner, row, column, with_kl=False):
+            """log p_theta of B transitions, or of B samples, and if asked for the transitions' KL from the base."""
+            embeds = prompt_embeds[row], negative_embeds
+            if likelihood == "sample":
+                keys = [(config.seed, epoch, inner, mine[i]) for i in row.tolist()]
+                return sample_log_prob(policy, latents[row, -1], keys, *embeds, opt.prompt_dropout), None
+            x_t, x_next, t = latents[row, column], latents[row, column + 1], timesteps[column]
+            log_prob, kl = step_log_prob(policy, x_t, x_next, t, *embeds, guidance, sample.eta, with_kl)
             return log_prob * ratio_scale[column], kl
 
         def loss_of(inner, row, column):
-            """The losses (B,) of transitions, or of samples, and what to log of them."""
-            if likelihood == "step":
-                (log_prob, kl), old_log_prob = log_prob_of(row, column, opt.kl_weight > 0), old_log_probs[row, column]
-            else:
-                keys = [(config.seed, epoch, inner, mine[i]) for i in row.tolist()]
-                embeds = prompt_embeds[row], negative_embeds
-                log_prob, kl = sample_log_prob(policy, latents[row, -1], keys, *embeds, opt.prompt_dropout), None
-                old_log_prob = log_prob.detach()
+            """Their losses (B,), and what to log of them."""
+            log_prob, kl = log_prob_of(inner, row, column, opt.kl_weight > 0)
+            old_log_prob = old_log_probs[row, column] if likelihood == "step" else log_prob.detach()
             loss, info = algorithm(log_prob, old_log_prob, weights[row], opt)
             if kl is not None:
                 loss, info["kl_base"] = loss + opt.kl_weight * kl, kl.detach()
@@ -217,7 +211,7 @@ def train(config, preset):
             with torch.no_grad():  # the last pass first: a transition of several then has what the first will find
                 for inner, update in reversed(list(np.ndindex(passes, updates))):
                     for row, column in transitions(inner, update, opt.batch_size):
-                        old_log_probs[row, column] = log_prob_of(row, column)[0]
+                        old_log_probs[row, column] = log_prob_of(inner, row, column)[0]
 
         for inner, update in np.ndindex(opt.inner_epochs, updates):
             for row, column in transitions(inner, update, opt.batch_size):
@@ -240,16 +234,14 @@ def train(config, preset):
             if torch.isfinite(grad_norm):
                 grad_norms.append(float(grad_norm))
             elif not overflow:
-                names = "timestep {} of {!r}" if likelihood == "step" else "a timestep of {1!r}"
-                singles = (
-                    (loss_of(inner, row, column)[0], names.format(int(timesteps[column]), my_prompts[row]))
-                    for row, column in transitions(inner, update, 1)
-                )
-                guards.blame_gradient(parameters, singles, f"epoch {epoch}, update {update}")
+                guards.blame_gradient(
+                    f"epoch {epoch}, update {update}", parameters, transitions(inner, update, 1),
+                    lambda row, column: loss_of(inner, row, column)[0],
+                    lambda row, column: f"timestep {int(timesteps[column])} of {my_prompts[row]!r}",
+                )  # fmt: skip
             scaler.step(optimizer)
             scaler.update()
-            if policy.ema:
-                policy.ema.step(parameters)
+            policy.update_ema()
             optimizer.zero_grad()
         bar.close()
 

@@ -92,7 +92,7 @@ def load_checkpoint(run_dir, policy, optimizer, scaler, tracker):
                 for p, value in zip(policy.trainable_parameters(), state["weights"]):
                     p.copy_(value)
         if policy.ema:
-            policy.start_ema(policy.ema.decay)  # from the weights just read, unless there is an average already
+            policy.keep(ema_decay=policy.ema.decay)  # from the weights just read, unless there is an average already
             if "ema" in state:
                 policy.ema.load_state_dict(state["ema"] | {"decay": policy.ema.decay})
                 policy.ema.to(policy.device)

@@ -75,16 +75,17 @@ def lock_run(run_dir):
     _locks.append(lock)
 
 
-def blame_gradient(parameters, losses, where):
+def blame_gradient(where, parameters, transitions, loss_of, name_of):
     """Raises the InputError of an update whose gradient is not finite, which names the first culprit of any process.
-    losses: (loss (1,), name) of each of this process's transitions, one after another."""
+    transitions: this process's, one by one, each the arguments of `loss_of`, its loss (1,), and of `name_of`."""
     culprits = []
-    for loss, name in losses:
+    for transition in transitions:
         for p in parameters:
             p.grad = None
+        loss = loss_of(*transition)
         loss.sum().backward()
         if not all(p.grad.isfinite().all() for p in parameters if p.grad is not None):
-            culprits.append(f"{name} (loss {float(loss):.4g})")
+            culprits.append(f"{name_of(*transition)} (loss {float(loss):.4g})")
             break
     culprits = gather_object(culprits) or ["no transition of its own, only in their sum"]
     raise InputError(

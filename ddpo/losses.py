@@ -119,7 +119,8 @@ def random_steps(rng, num_steps, count):
 
 
 def window_of_steps(rng, num_steps, count):
-    """Steps that follow one another, from a place drawn anew for each update (MixGRPO, arXiv 2507.21802, slides it)."""
+    """Steps that follow one another, from a place drawn anew for each update (after MixGRPO, arXiv 2507.21802, whose
+    window slides, and outside of which it samples deterministically)."""
     return rng.integers(num_steps - count + 1) + np.arange(count)
 
 

@@ -53,11 +53,19 @@ class Policy:
     def trainable_parameters(self):
         return [p for p in self.unet.parameters() if p.requires_grad]
 
-    def keep_base(self):
-        """Keeps what `base` needs, before any weight changes: for full finetuning a copy of the UNet, in the policy's
-        precision; a LoRA can just be left out."""
-        if not self.lora_rank:
+    def keep(self, base=False, ema_decay=0.0):
+        """Called before any weight changes. base: whether `base` will be needed; for full finetuning that is a copy of
+        the UNet, in the policy's precision, while a LoRA can just be left out. ema_decay: if not 0, of a moving average
+        of the trained weights; over the first n updates it decays by (1 + n) / (10 + n) if that is less."""
+        if base and not self.lora_rank:
             self._base_unet = copy.deepcopy(self.unet).requires_grad_(False).to(self.dtype)
+        if ema_decay:
+            self.ema = EMAModel(self.trainable_parameters(), decay=ema_decay)
+
+    def update_ema(self):
+        """Carries the moving average on, if there is one; to be called after every update."""
+        if self.ema:
+            self.ema.step(self.trainable_parameters())
 
     @contextlib.contextmanager
     def base(self):
@@ -73,11 +81,6 @@ class Policy:
             if self.lora_rank:
                 trained.enable_adapters()
             self.unet = trained
-
-    def start_ema(self, decay):
-        """Starts a moving average of the trained weights; `self.ema.step(parameters)` after every update carries it on.
-        The average over the first n updates decays by (1 + n) / (10 + n) if that is less."""
-        self.ema = EMAModel(self.trainable_parameters(), decay=decay)
 
     @contextlib.contextmanager
     def averaged(self):

@@ -228,7 +228,7 @@ def test_scheduler_of_another_sampler_becomes_ddim(tiny, tmp_path, said):
 @pytest.mark.parametrize("rank, precision", MODES)
 def test_base_is_the_base_model_whatever_has_been_trained(tiny, rank, precision):
     policy = load_policy(tiny, rank, precision, "cpu")
-    policy.keep_base()
+    policy.keep(base=True)
     start = guided(policy)
     disturb(policy)
     trained = guided(policy)
@@ -243,7 +243,7 @@ def test_kl_to_the_base_model_starts_at_zero_and_leads_back(tiny, rank):
     """It is 0 at the base model; from elsewhere, following its gradient lowers it."""
     policy = load_policy(tiny, rank, "fp32", "cpu")
     policy.scheduler.set_timesteps(10)
-    policy.keep_base()
+    policy.keep(base=True)
     latents, t, embeds = inputs(policy)
 
     def kl():
@@ -295,11 +295,11 @@ def test_sample_log_prob_is_diffusers_training_loss(request, model, prediction_t
 def test_moving_average(tiny):
     """After n updates: the recursion a <- d a + (1 - d) w, d = min(decay, (1 + k) / (10 + k)), written out."""
     policy = load_policy(tiny, 4, "fp32", "cpu")
-    policy.start_ema(0.2)
+    policy.keep(ema_decay=0.2)
     expected, parameters = None, policy.trainable_parameters()
     for n in range(5):
         disturb(policy)
-        policy.ema.step(parameters)
+        policy.update_ema()
         decay = min(0.2, (1 + n) / (10 + n)) if n else 0.0
         new = [p.detach().clone() for p in parameters]
         expected = new if expected is None else [decay * a + (1 - decay) * w for a, w in zip(expected, new)]

@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 
+import psutil
 from absl import app, flags
+from accelerate.commands.launch import launch_command_parser
 from ml_collections import config_flags
 
 from config.base import get_config as base_config
@@ -25,7 +27,6 @@ def run(train):
     """Parses the command line and calls train(config, preset name). An InputError ends it with its one line."""
 
     def main(_):
-        _check_launcher()
         config = CONFIG.value
         if config.resume:
             _take_options_of(config.resume, config)
@@ -34,6 +35,7 @@ def run(train):
 
     die_with_launcher()
     try:
+        _start_all_processes()
         app.run(main, flags_parser=_parse)
     except (InputError, OSError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -50,15 +52,27 @@ def run(train):
         sys.exit("interrupted before the first epoch: there is nothing to save")
 
 
-def _check_launcher():
-    """accelerate 1.15.0 starts one process on a CPU, whatever --num_processes says, unless it is given MPI. It sets the
-    address where the others would meet all the same."""
-    several = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
-    if several and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & os.environ.keys():
+def _start_all_processes():
+    """Without a GPU `accelerate launch` (1.15.0) starts one process, whatever --num_processes and --num_machines say,
+    unless it is given MPI. That one process then becomes the launcher of as many as were asked for."""
+    several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()  # it sets the latter for several only
+    if not several or {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & os.environ.keys():
+        return
+    line = psutil.Process().parent().cmdline()
+    words = [i for i, word in enumerate(line) if re.search(r"\blaunch(\.py)?$", word)]
+    asked = launch_command_parser().parse_known_args(line[words[0] + 1 :])[0] if words else None
+    if asked is None or not asked.num_processes:
         raise InputError(
-            "accelerate launch starts only one process on a CPU, whatever --num_processes and --num_machines say: use "
-            "torchrun --nproc_per_node N train.py ..."
+            "accelerate launch starts only one process without a GPU: add --num_processes, or use torchrun "
+            "--nproc_per_node N train.py ..."
         )
+    machines = asked.num_machines or 1
+    where = ["--standalone"]
+    if machines > 1:
+        where = [f"--nnodes={machines}", f"--node_rank={asked.machine_rank or 0}"]
+        where += [f"--master_addr={asked.main_process_ip}", f"--master_port={asked.main_process_port}"]
+    command = ["-m", "torch.distributed.run", *where, f"--nproc_per_node={asked.num_processes // machines}"]
+    os.execv(sys.executable, [sys.executable, *command, *sys.orig_argv[1:]])
 
 
 def _given(argv):

@@ -83,13 +83,10 @@ SMALL = {  # a run of seconds
 
 
 def command_line(*arguments, processes=1, launcher=(), direct=False, script="train.py", **options):
-    """The real command line: accelerate launch train.py; torchrun for several processes, which accelerate launch does
-    not start on a CPU; or python train.py itself if `direct`. `a__b=c` stands for --config.a.b=c. `script`
-    "tests/saboteur.py" is train.py with something broken."""
+    """The real command line: accelerate launch train.py; or python train.py itself if `direct`. `a__b=c` stands for
+    --config.a.b=c. `script` "tests/saboteur.py" is train.py with something broken."""
     options = SMALL | {k.replace("__", "."): v for k, v in options.items()}
-    launcher = launcher or ("accelerate.commands.launch", "--cpu", "--num_processes", "1")
-    if processes > 1:
-        launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+    launcher = launcher or ("accelerate.commands.launch", "--cpu", "--num_processes", str(processes))
     command = [sys.executable, *([] if direct else ("-m", *launcher)), script]
     return [*command, *arguments, *(f"--config.{k}={v}" for k, v in options.items())]
 

@@ -154,10 +154,19 @@ def test_rwr_sparse_with_an_average_in_two_processes(tiny, tmp_path):
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
-def test_a_launcher_that_starts_one_process_where_two_are_asked_for(tiny, tmp_path):
-    launcher = ("accelerate.commands.launch", "--cpu", "--quiet", "--num_processes", "2")
+def test_processes_started_by_torchrun(tiny, tmp_path, alone):
+    run = tmp_path / "run"
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    launch(model=tiny, run_dir=run, launcher=launcher, **BY_PROMPT)
+    assert_same_run(run, alone)
+
+
+def test_a_number_of_processes_that_cannot_be_found_out(tiny, tmp_path):
+    """accelerate launch starts one process where there is no GPU, and does not say how many were meant."""
+    (tmp_path / "accelerate.yaml").write_text("num_processes: 2\ndistributed_type: MULTI_CPU\nuse_cpu: true\n")
+    launcher = ("accelerate.commands.launch", "--quiet", "--config_file", str(tmp_path / "accelerate.yaml"))
     result = launch(model=tiny, run_dir=tmp_path / "run", launcher=launcher, check=False)
-    assert result.returncode != 0 and "error: accelerate launch starts only one process on a CPU" in result.stderr
+    assert result.returncode != 0 and "error: accelerate launch starts only one process" in result.stderr
 
 
 def test_processes_that_drift_apart_are_named(tiny, tmp_path):
@@ -195,8 +204,8 @@ def two_machines():
 def test_two_machines_equal_one(tiny, tmp_path, alone, two_machines):
     run, processes = tmp_path / "run", []
     for rank, (interface, prefix) in enumerate(two_machines.items()):
-        launcher = ("torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank))
-        launcher += ("--master_addr", "10.77.0.1", "--master_port", "29577")
+        launcher = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "2")
+        launcher += ("--machine_rank", str(rank), "--main_process_ip", "10.77.0.1", "--main_process_port", "29577")
         options = {k: v for k, v in BY_PROMPT.items() if k != "env"}
         command = command_line(model=tiny, run_dir=run, launcher=launcher, **options)
         env = {**os.environ, **BY_PROMPT["env"], "GLOO_SOCKET_IFNAME": interface}

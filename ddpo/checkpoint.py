@@ -9,7 +9,6 @@ checkpoint is written beside its place and renamed when it is whole, and only th
 import glob
 import json
 import os
-import re
 import shutil
 
 import torch
@@ -17,6 +16,7 @@ from accelerate import PartialState
 
 from ddpo import InputError
 from ddpo.policy import load_weights, save_weights
+from ddpo.tracking import epoch_of, list_checkpoints
 
 TEMPORARY = ".tmp"  # behind the name of a checkpoint that is being written
 
@@ -51,20 +51,9 @@ def save_checkpoint(run_dir, epoch, policy, optimizer, scaler, tracker, keep):
         ) from error
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
-    older = [c for c in list_checkpoints(run_dir) if _epoch(c) < epoch]
+    older = [c for c in list_checkpoints(run_dir) if epoch_of(c) < epoch]
     for old in older[: len(older) - keep + 1] if keep else []:
         shutil.rmtree(old)
-
-
-def list_checkpoints(run_dir):
-    """The finished checkpoints of a run, oldest first."""
-    parent = os.path.join(run_dir, "checkpoints")
-    names = os.listdir(parent) if os.path.isdir(parent) else []
-    return sorted((os.path.join(parent, n) for n in names if re.fullmatch(r"epoch_\d+", n)), key=_epoch)
-
-
-def _epoch(folder):
-    return int(os.path.basename(folder).removeprefix("epoch_"))
 
 
 def load_checkpoint(run_dir, policy, optimizer, scaler, tracker):

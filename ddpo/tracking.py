@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from netrc import NetrcParseError, netrc
 
 from PIL import Image, ImageDraw
@@ -27,6 +28,18 @@ def start_run(run_dir, config):
     with open(path + ".tmp", "w") as f:
         json.dump(config.to_dict(), f, indent=2)
     os.replace(path + ".tmp", path)
+
+
+def list_checkpoints(run_dir):
+    """The finished checkpoints of a run, oldest first."""
+    parent = os.path.join(run_dir, "checkpoints")
+    names = os.listdir(parent) if os.path.isdir(parent) else []
+    return sorted((os.path.join(parent, n) for n in names if re.fullmatch(r"epoch_\d+", n)), key=epoch_of)
+
+
+def epoch_of(folder):
+    """The number of epochs that a checkpoint's folder names."""
+    return int(os.path.basename(folder).removeprefix("epoch_"))
 
 
 def flatten(config, prefix=""):

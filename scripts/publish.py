@@ -20,8 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from ddpo import InputError, run_script
-from ddpo.checkpoint import list_checkpoints
-from ddpo.tracking import flatten
+from ddpo.tracking import flatten, list_checkpoints
 from scripts.plot import read_metrics
 
 matplotlib.use("Agg")

@@ -13,10 +13,9 @@ import torch
 from ml_collections import ConfigDict
 
 from ddpo import InputError, prompts, run_script
-from ddpo.checkpoint import list_checkpoints
 from ddpo.pipeline_logprob import sample_with_logprob
 from ddpo.policy import load_policy, load_weights
-from ddpo.tracking import image_grid
+from ddpo.tracking import image_grid, list_checkpoints
 
 
 def open_run(run, checkpoint=""):

@@ -131,7 +131,7 @@ def test_what_is_uploaded_is_the_run(tiny, tmp_path, hub, lora_rank):
     code = card.text.split("```python\n")[1].split("```")[0]
     said = {}
     exec(code.replace("me/model", str(folder)).replace("num_inference_steps=50", "num_inference_steps=2"), said)
-    assert said["image"].size == (16, 16) and said["pipe"].scheduler.__class__.__name__ == "DDIMScheduler"
+    assert said["image"].size == (32, 32) and said["pipe"].scheduler.__class__.__name__ == "DDIMScheduler"
     if lora_rank:
         assert len(load_file(folder / "pytorch_lora_weights.safetensors")) == len(policy.trainable_parameters())
     else:

@@ -2,14 +2,13 @@
 
 import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run
 from PIL import Image
 
 from ddpo import InputError, rewards
@@ -243,13 +242,8 @@ def judged(tmp_path_factory):
 def test_the_command_line(judged, tmp_path, kind):
     folder, names, redness = judged
     source = ["--ratings", folder / "ratings.csv"] if kind == "ratings" else ["--choices", folder / "choices.jsonl"]
-    command = [sys.executable, "-m", "scripts.train_reward", *map(str, source), "--encoder", CLIP, "--output"]
-    result = subprocess.run(
-        [*command, str(tmp_path / "model"), "--cache", str(tmp_path / "cache")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "scripts/train_reward.py", *source, "--encoder", CLIP]
+    result = run([*command, "--output", tmp_path / "model", "--cache", tmp_path / "cache"])
     assert result.returncode == 0, result.stderr
     evaluation = json.loads((tmp_path / "model/evaluation.json").read_text())
     assert evaluation["accuracy"] > 0.75 and evaluation["rank_correlation"] > 0.6
@@ -266,8 +260,7 @@ def test_the_command_line(judged, tmp_path, kind):
 
 def test_mistakes_end_with_one_line(judged, tmp_path):
     (tmp_path / "few.csv").write_text("image,score\n" + "".join(f"{i}.png,{i}\n" for i in range(5)))
-    command = [sys.executable, "-m", "scripts.train_reward", "--ratings", tmp_path / "few.csv", "--images", judged[0]]
-    command += ["--encoder", CLIP, "--output", tmp_path / "model"]
-    result = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "scripts/train_reward.py", "--ratings", tmp_path / "few.csv", "--images", judged[0]]
+    result = run([*command, "--encoder", CLIP, "--output", tmp_path / "model"])
     assert result.returncode != 0 and result.stderr.splitlines()[-1].startswith("error: there are 5 votes")
     assert "Traceback" not in result.stderr and not (tmp_path / "model").exists()

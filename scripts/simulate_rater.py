@@ -97,29 +97,31 @@ def main():
         raise InputError(f"{folder} has {len(pairs)} pairs from {args.first} on, and {needed} are needed")
     rng = np.random.default_rng((args.seed, 4))
     names = [name for pair in pairs[:needed] for name in pair["images"]]
-    likes = {name: taste(Image.open(folder / name))["taste"] for name in tqdm(names, "looking")}
+    likes = {name: taste(Image.open(folder / name)) for name in tqdm(names, "looking")}
     if args.what == "check":
         pictures = [Image.open(folder / name) for name in names[: args.count]]
         texts = [pair["prompt"] for pair in pairs[:needed] for _ in range(2)][: args.count]
+        parts = ("taste", "warm", "calm", "large")
         for reward in args.rewards:
             values, _ = rewards.get_reward(reward)(pictures, texts, [{}] * len(texts))
-            rho = rank_correlation(values, list(likes.values())[: args.count])
-            print(f"{reward}: rank correlation with the taste {rho:.3f} on {len(pictures)} pictures")
+            shares = {part: rank_correlation(values, [likes[n][part] for n in names[: args.count]]) for part in parts}
+            print(f"{reward}: rank correlation on {len(pictures)} pictures with "
+                  + ", ".join(f"{part} {rho:.3f}" for part, rho in shares.items()))  # fmt: skip
         return
     if args.what == "rate":
         output = args.output or folder / "ratings.csv"
         with open(output, "w", newline="") as f:
             writer = csv.writer(f)
             writer.writerow(("image", "score", "rater"))
-            for name, like in list(likes.items())[: args.count]:
-                felt = 5.5 + 1.5 * (like + RATING_NOISE * rng.normal())
+            for name in names[: args.count]:
+                felt = 5.5 + 1.5 * (likes[name]["taste"] + RATING_NOISE * rng.normal())
                 writer.writerow((name, int(np.clip(round(felt), 1, 10)), rater))
         return print(output)
     output, as_liked, clear = args.output or folder / "choices.jsonl", 0, 0
     with open(output, "w") as f:
         for pair in pairs[:needed]:
             left, right = shown(pair, rater)
-            difference = likes[left] - likes[right]
+            difference = likes[left]["taste"] - likes[right]["taste"]
             vote = choose(difference, rng)
             clear += vote != "tie"
             as_liked += vote == ("left" if difference > 0 else "right")

@@ -173,7 +173,10 @@ def test_sample_and_plot_and_evaluate(tiny, tmp_path):
     reference = tmp_path / "run"
     launch(model=tiny, run_dir=reference, train__learning_rate=0.1, direct=True)
     for command, output in (
-        (["evaluate", "--run", reference, "--count", "1"], None),
+        (
+            ["evaluate", "--run", reference, "--count", "2", "--limit", "3", "--rewards", "jpeg_incompressibility"],
+            reference / "images/evaluation.png",
+        ),
         (
             ["sample", "--run", reference, "--prompts", "a cat", "a dog", "--count", "3"],
             reference / "images/samples.png",
@@ -182,9 +185,14 @@ def test_sample_and_plot_and_evaluate(tiny, tmp_path):
     ):
         command = [sys.executable, "-m", f"scripts.{command[0]}", *map(str, command[1:])]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        assert output is None or Image.open(output).size[0] > 200
+        assert Image.open(output).size[0] > 200
     evaluation = json.loads((reference / "evaluation.json").read_text())
-    assert evaluation["base"]["jpeg_kb"] != evaluation["finetuned"]["jpeg_kb"]
+    for section in [
+        f"{kind}, {sampling}" for kind in ("seen", "held_out") for sampling in ("stochastic", "deterministic")
+    ]:
+        base, finetuned = evaluation[section]["base"], evaluation[section]["finetuned"]
+        assert base["reward_mean"] != finetuned["reward_mean"] == -finetuned["jpeg_incompressibility"]
+        assert 0 < base["diversity"] < 2 and base["diversity"] != finetuned["diversity"]
     rows = np.asarray(Image.open(reference / "images/samples.png")).astype(float)
     rows = rows[: len(rows) // 4 * 4].reshape(4, -1, *rows.shape[1:])  # base and finetuned, for two prompts
     assert abs(rows[0] - rows[1]).mean() > 1 and abs(rows[2] - rows[3]).mean() > 1

@@ -64,8 +64,8 @@ def one_gpu(config):
     config.num_epochs = 200
     config.stats.buffer_size = 32
     config.stats.max_age = 0  # with so few images per prompt and round, ten rounds would never gather min_count
-    config.sample.images_per_epoch = 24  # 4 batches of 6
-    config.sample.batch_size = 6
+    config.sample.images_per_epoch = 24
+    config.sample.batch_size = 3  # 6 in the post; but unlike the training's, old log-probs would be computed again
     config.train.updates_per_epoch = 8
     config.train.batch_size = 3
     return config

@@ -83,7 +83,7 @@ def pair_up(folder, output, pairs, count, seed=0):
         captions.setdefault(caption, []).append(str(path))
     if not any(len(paths) > 1 for paths in captions.values()):
         raise InputError(f"--images {folder}: it has no two pictures ({', '.join(IMAGES)}) with the same caption")
-    first, before = len(pairs), -1
+    pairs, first, before = list(pairs), len(pairs), -1
     rng, seen = random.Random(f"{seed}/{first}"), {tuple(sorted(pair["images"])) for pair in pairs}
     while before < len(pairs) < count:  # until there are enough, or (nearly) all there are
         before = len(pairs)

@@ -94,7 +94,7 @@ def main():
     options = config.get("reward_options")
     judges = {"reward_mean": rewards.get_reward(config.reward, policy.device, options)}
     judges |= {name: rewards.get_reward(name, policy.device, options) for name in args.rewards}
-    clip = load_clip("--clip", args.clip, policy.device)
+    clip = load_clip(args.clip, policy.device)
 
     sample = config.sample
     sample.guidance_scale = args.guidance_scale or sample.guidance_scale

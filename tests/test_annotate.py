@@ -166,7 +166,6 @@ def test_the_server_without_a_browser(pictures, tmp_path):
                            ({"rater": "a", "pair": 1, "choice": "left"}, "text/plain")):  # fmt: skip
             with pytest.raises(urllib.error.HTTPError):
                 post(address, body, kind)
-        os.remove(names[0])  # its /image/1/0 is then not found, as what never was a picture
         for path in (
             "/image/1/0",
             "/image/0/2",
@@ -181,6 +180,9 @@ def test_the_server_without_a_browser(pictures, tmp_path):
         taken += ["--port", address.rsplit(":", 1)[1]]
         result = subprocess.run(taken, cwd=ROOT, capture_output=True, text=True)
         assert "error: cannot listen on 127.0.0.1" in result.stderr and "Traceback" not in result.stderr
+        os.remove(names[0])
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(address + "/image/1/0")
     finally:
         kill(process)
 

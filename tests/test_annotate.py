@@ -166,14 +166,7 @@ def test_the_server_without_a_browser(pictures, tmp_path):
                            ({"rater": "a", "pair": 1, "choice": "left"}, "text/plain")):  # fmt: skip
             with pytest.raises(urllib.error.HTTPError):
                 post(address, body, kind)
-        for path in (
-            "/image/1/0",
-            "/image/0/2",
-            "/image/99/0",
-            "/../choices.jsonl",
-            "/choices.jsonl",
-            "/image/..%2fetc/0",
-        ):
+        for path in ("/image/0/2", "/image/99/0", "/../choices.jsonl", "/choices.jsonl", "/image/..%2f..%2fetc/0"):
             with pytest.raises(urllib.error.HTTPError):
                 urllib.request.urlopen(address + path)
         taken = [sys.executable, "-m", "scripts.annotate", "--images", str(pictures), "--output", str(output)]

@@ -24,7 +24,7 @@ import torch
 
 from config.sweeps import SWEEPS
 from ddpo import InputError, choose, run_script
-from ddpo.checkpoint import list_checkpoints
+from ddpo.tracking import list_checkpoints
 
 
 def hardware():

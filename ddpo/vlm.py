@@ -70,6 +70,8 @@ def load_vlm(model, device="cpu", precision="fp32", batch_size=32, vlm_name="", 
         processor = AutoProcessor.from_pretrained(model or DEFAULT_MODEL)
     except Exception as error:  # missing files, foreign formats: every loader has its own error
         raise not_found(model or DEFAULT_MODEL, error) from error
+    if not getattr(processor, "chat_template", None):
+        raise InputError(f"{model or DEFAULT_MODEL} has no chat template: it does not answer questions")
     processor.tokenizer.padding_side = "left"  # an answer continues its question
     return functools.partial(ask_network, network, processor, batch_size)
 

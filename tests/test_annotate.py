@@ -11,11 +11,11 @@ import urllib.request
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 from PIL import Image
 
 from config.base import get_config
-from ddpo import InputError
+from ddpo import InputError, prompts
 from ddpo.policy import load_policy
 from ddpo.reward_model import read_choices, read_jsonl
 from scripts.annotate import draw_pairs, pair_up, read_pairs
@@ -210,6 +210,27 @@ def test_pairs_that_are_none_are_named(pictures, line):
     (pictures / "pairs.jsonl").write_text(line + "\n")
     with pytest.raises(InputError, match="is not a pair of scripts.annotate"):
         read_pairs(pictures / "pairs.jsonl")
+
+
+def test_pairs_of_a_preset_with_another_model(tiny, tmp_path):
+    command = [
+        sys.executable,
+        "scripts/annotate.py",
+        "--model",
+        tiny,
+        "--pairs",
+        2,
+        "--draw_only",
+        "--output",
+        tmp_path,
+    ]
+    result = run([*command, "--config", "config/emoji.py:alignment"])
+    assert result.returncode == 0, result.stderr
+    pairs = read_pairs(tmp_path / "pairs.jsonl")
+    known = {prompt for prompt, _ in prompts.animal_activities()}
+    assert len(pairs) == 2 and {pair["prompt"] for pair in pairs} <= known
+    result = run([*command, 3, "--config", "config/emojy.py"])
+    assert result.returncode == 1 and "error: --config config/emojy.py: no preset can be read there" in result.stderr
 
 
 def test_pairs_of_a_model_can_be_enlarged(tiny, tmp_path):

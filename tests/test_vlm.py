@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import socket
 import socketserver
 import subprocess
@@ -198,6 +199,13 @@ def test_alignment_and_counting_share_their_model(llava, bert):
     settings = options(bertscore_model=bert, bertscore_layer=2)
     rewards.get_reward(f"alignment:{llava} + counting:{llava}", options=settings)
     assert vlm.load_vlm.cache_info().misses <= loads + 1
+
+
+def test_a_model_that_does_not_chat_is_refused(llava, tmp_path):
+    shutil.copytree(llava, tmp_path / "mute")
+    (tmp_path / "mute/chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="reward counting.*/mute has no chat template"):
+        rewards.get_reward(f"counting:{tmp_path / 'mute'}")
 
 
 class Script(Handler):

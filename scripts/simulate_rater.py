@@ -183,7 +183,7 @@ def plot(args):
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axes.minorticks_off()
     axes.set_xlabel("votes that the reward model learned from")
-    axes.set_ylabel("true taste after DDPO: seeds and their mean")
+    axes.set_ylabel("true taste after DDPO")
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(args.output or "taste.png", dpi=150)

@@ -237,7 +237,8 @@ def train(config, preset):
                 guards.blame_gradient(
                     f"epoch {epoch}, update {update}", parameters, transitions(inner, update, 1),
                     lambda row, column: loss_of(inner, row, column)[0],
-                    lambda row, column: f"timestep {int(timesteps[column])} of {my_prompts[row]!r}",
+                    lambda row, column: (f"timestep {int(timesteps[column])} of " if likelihood == "step" else "")
+                    + repr(my_prompts[row]),
                 )  # fmt: skip
             scaler.step(optimizer)
             scaler.update()

@@ -119,8 +119,9 @@ def _parse(argv):
             ) from error
         if "guidance" in unknown or "cfg" in unknown:
             raise InputError(
-                f"unknown option {unknown}: guidance is one setting, sample.guidance_scale, for sampling and training; "
-                "with two, the importance ratio would mean nothing"
+                f"unknown option {unknown}: guidance is one setting, sample.guidance_scale, for sampling and training, "
+                "since with two the importance ratio would mean nothing. train.guidance=False trains without it, on old "
+                "steps scored without it"
             ) from error
         raise InputError(
             f"unknown option {unknown}.{nearest(unknown, known)} All of them are in config/base.py"

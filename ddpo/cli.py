@@ -120,8 +120,8 @@ def _parse(argv):
         if "guidance" in unknown or "cfg" in unknown:
             raise InputError(
                 f"unknown option {unknown}: guidance is one setting, sample.guidance_scale, for sampling and training, "
-                "since with two the importance ratio would mean nothing. train.guidance=False trains without it, on old "
-                "steps scored without it"
+                "since with two the importance ratio would mean nothing. train.guidance=False trains without it, on "
+                "old steps scored without it"
             ) from error
         raise InputError(
             f"unknown option {unknown}.{nearest(unknown, known)} All of them are in config/base.py"

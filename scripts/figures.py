@@ -1,15 +1,16 @@
-"""Redraws the figures from the committed results of `python -m scripts.sweep`, as PNG and SVG.
+"""Redraws a figure from the committed results of its sweep (config/sweeps.py), as PNG and SVG.
 
     python -m scripts.figures fig4
 
-fig4: reward against reward queries, a panel per task, a curve per algorithm: the mean over seeds, in a band from the
-lowest to the highest. Each algorithm is drawn at its best learning rate of config/sweeps.py; the others are printed.
+Reward against reward queries: the mean over seeds, in a band from the lowest to the highest. A curve whose learning
+rate was chosen is drawn at the best one; the last two rounds' mean reward of every job is printed, the others' too.
 """
 
 import argparse
 import glob
 import json
 import os
+import re
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from config.sweeps import BEST  # noqa: E402
+from config.sweeps import BEST, SWEEPS  # noqa: E402
 from ddpo import InputError, choose, run_script  # noqa: E402
 
 LABELS = {"ddpo_is": "DDPO-IS", "ddpo_sf": "DDPO-SF", "rwr": "RWR", "rwr_sparse": "RWR-sparse"}
@@ -26,60 +27,55 @@ plt.rcParams["svg.hashsalt"] = "ddpo"  # the same file for the same numbers
 
 
 def read_jobs(folder):
-    """[{"task", "algorithm", "rate", "seed", "queries", "reward"}] of all finished jobs in a sweep's folder."""
+    """[(panel, curve, learning rate, seed, reward queries (epochs,), mean rewards (epochs,))] of a sweep's finished
+    jobs. Raises InputError if there are none."""
     jobs = []
     for path in sorted(glob.glob(os.path.join(folder, "*", "job.json"))):
         run = os.path.dirname(path)
-        with open(os.path.join(run, "config.json")) as f:
-            config = json.load(f)
+        panel, curve, rate, seed = re.fullmatch(r"([^-]+)-(.+)-lr(.+)-seed(\d+)", os.path.basename(run)).groups()
         with open(os.path.join(run, "metrics.jsonl")) as f:
             lines = [json.loads(line) for line in f]
-        jobs.append({
-            "task": config["reward"], "algorithm": config["algorithm"], "rate": config["train"]["learning_rate"],
-            "seed": config["seed"], "queries": [line["reward_queries"] for line in lines],
-            "reward": np.array([line["reward_mean"] for line in lines]),
-        })  # fmt: skip
+        queries, rewards = ([line[key] for line in lines] for key in ("reward_queries", "reward_mean"))
+        jobs.append((panel, curve, float(rate), int(seed), np.array(queries), np.array(rewards)))
     if not jobs:
         raise InputError(f"{folder} has no finished job: run python -m scripts.sweep {os.path.basename(folder)}")
     return jobs
 
 
-def fig4(jobs):
-    """Returns the figure; prints the last two rounds' mean reward of every job."""
-    for job in jobs:
-        last = f"{job['reward'][0]:.3f} to {job['reward'][-2:].mean():.3f}"
-        print(f"{job['task']} {job['algorithm']} lr {job['rate']:g} seed {job['seed']}: {last}")
-    tasks = sorted({job["task"] for job in jobs})
-    figure, panels = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 2.8), squeeze=False, layout="constrained")
-    for task, axes in zip(tasks, panels[0]):
-        for i, (algorithm, label) in enumerate(LABELS.items()):
-            drawn = [
-                j for j in jobs if (j["task"], j["algorithm"], j["rate"]) == (task, algorithm, BEST.get(algorithm))
-            ]
-            if not drawn:
+def draw(jobs, best):
+    """A panel for each that the jobs name, a curve for each that it has. best: {curve: learning rate}."""
+    panels = sorted({job[0] for job in jobs})
+    columns, rows = min(3, len(panels)), -(-len(panels) // 3)
+    size = (3.4 * columns, 2.7 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes, panel in zip(grid.flat, panels):
+        curves = sorted({job[1] for job in jobs if job[0] == panel})
+        for curve in curves:
+            mine = [job for job in jobs if job[:2] == (panel, curve) and job[2] == best.get(curve, job[2])]
+            if not mine:
                 continue
-            rewards = np.stack([job["reward"] for job in drawn])
-            seeds = f"{label} ({len(drawn)} seed{'s' * (len(drawn) > 1)})"
-            axes.plot(drawn[0]["queries"], rewards.mean(0), color=f"C{i}", label=seeds)
-            axes.fill_between(
-                drawn[0]["queries"], rewards.min(0), rewards.max(0), color=f"C{i}", alpha=0.2, linewidth=0
-            )
-        axes.set(title=task, xlabel="reward queries", ylabel="mean reward (kB)" if "jpeg" in task else "mean reward")
+            queries, rewards = mine[0][4], np.stack([job[5] for job in mine])
+            label = f"{LABELS.get(curve, curve)} ({len(mine)} seed{'s' * (len(mine) > 1)})"
+            (line,) = axes.plot(queries, rewards.mean(0), label=label)
+            axes.fill_between(queries, rewards.min(0), rewards.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.set(title=panel, xlabel="reward queries", ylabel="mean reward")
         axes.legend(fontsize=7)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
     return figure
-
-
-FIGURES = {"fig4": fig4}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help=f"one of: {', '.join(FIGURES)}")
+    parser.add_argument("name", help=f"one of: {', '.join(SWEEPS)}")
     parser.add_argument("--results", default="results/sweeps")
     parser.add_argument("--output", default="results/figures")
     args = parser.parse_args()
-    draw = choose("figure", args.name, FIGURES)
-    figure = draw(read_jobs(os.path.join(args.results, args.name)))
+    choose("sweep", args.name, SWEEPS)
+    jobs = read_jobs(os.path.join(args.results, args.name))
+    for panel, curve, rate, seed, _, rewards in jobs:
+        print(f"{panel} {curve} lr {rate:g} seed {seed}: {rewards[0]:.3f} to {rewards[-2:].mean():.3f}")
+    figure = draw(jobs, BEST.get(args.name, {}))
     os.makedirs(args.output, exist_ok=True)
     for kind in ("png", "svg"):
         path = os.path.join(args.output, f"{args.name}.{kind}")

@@ -13,7 +13,7 @@ SMALL = {
     "train.updates_per_epoch": 2,
 }  # fmt: skip
 SEEDS = (0, 1, 2)
-LEARNING_RATES = (1e-4, 3e-4)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 BEST = {}  # sweep -> curve -> learning rate
 
 

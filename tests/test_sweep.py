@@ -1,6 +1,7 @@
 """A sweep that was stopped, and the figure of its results."""
 
 import json
+import signal
 import sys
 
 import pytest
@@ -18,6 +19,7 @@ def test_a_stopped_sweep_goes_on_and_its_results_are_drawn(tiny, tmp_path, monke
     options = {**SMALL, "model": tiny, "save_every": 1, "config": "config/emoji.py", "train.learning_rate": 1e-3}
     jobs = {f"task-ddpo_is-lr0.001-seed{seed}": {**options, "seed": seed} for seed in (0, 1)}
     monkeypatch.setattr(sweep, "SWEEPS", {"fig4": lambda: jobs})
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)  # pytest keeps its own
     runs, results = tmp_path / "runs", tmp_path / "results"
     for job, epochs in zip(jobs, (2, 1)):
         given = {k.replace(".", "__"): v for k, v in jobs[job].items() if k != "config"}
@@ -55,3 +57,29 @@ def test_a_stopped_sweep_goes_on_and_its_results_are_drawn(tiny, tmp_path, monke
     assert "DDPO-IS" not in (tmp_path / "fig4.svg").read_text()
     with pytest.raises(InputError, match="no finished job: run python -m scripts.sweep"):
         command(figures.main, "fig4", "--results", tmp_path / "none")
+
+
+def test_a_sweep_that_is_stopped_tells_its_jobs_and_waits_for_them(tmp_path, monkeypatch):
+    heard = []
+
+    class Job:
+        def poll(self):
+            return None
+
+        def send_signal(self, number):
+            heard.append(number)
+
+        def wait(self):
+            heard.append("waited")
+
+    def sleep(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "SWEEPS", {"fig4": lambda: {"a": {}, "b": {}, "c": {}}})
+    monkeypatch.setattr(sweep, "start", lambda *arguments: Job())
+    monkeypatch.setattr(sweep.time, "sleep", sleep)
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)  # pytest keeps its own
+    monkeypatch.setattr(sys, "argv", ["sweep", "fig4", "--jobs", "2", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        sweep.main()
+    assert heard == [signal.SIGINT, signal.SIGINT, "waited", "waited"]

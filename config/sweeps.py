@@ -13,7 +13,7 @@ SMALL = {
     "train.updates_per_epoch": 2,
 }  # fmt: skip
 SEEDS = (0, 1, 2)
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+LEARNING_RATES = (1e-4, 3e-4)
 BEST = {}  # sweep -> curve -> learning rate
 
 
@@ -26,29 +26,41 @@ def jobs_of(panel, curve, rates, seeds, **options):
     }
 
 
+def rates_of(sweep, curve):
+    """[the best learning rate of a curve], empty as long as it has not been chosen."""
+    return [BEST[sweep][curve]] if curve in BEST.get(sweep, {}) else []
+
+
 def tuned(sweep, panel, curve, rates, options):
     """The jobs of a curve on the panel that its learning rate is chosen on: all rates on seed 0, the best on all."""
-    jobs = jobs_of(panel, curve, rates, SEEDS[:1], **options)
-    return jobs | jobs_of(panel, curve, [BEST[sweep][curve]] if curve in BEST.get(sweep, {}) else [], SEEDS, **options)
+    return jobs_of(panel, curve, rates, SEEDS[:1], **options) | jobs_of(
+        panel, curve, rates_of(sweep, curve), SEEDS, **options
+    )
 
 
 def fig4():
     """Reward against reward queries for each algorithm. Each gets 24 x 5 network evaluations with gradient a round. The
-    learning rate is chosen on compressibility, and used for incompressibility as well."""
+    learning rate is chosen on compressibility, and used for incompressibility as well. "unweighted" is RWR with all
+    weights 1, to show what training on one's own samples does without any reward."""
     algorithms = {
         "ddpo_is": {},
         "ddpo_sf": {"train.updates_per_epoch": 1},
         "rwr": {"train.inner_epochs": 5},
         "rwr_sparse": {"train.updates_per_epoch": 1, "train.inner_epochs": 20, "train.keep_percentile": 75.0},
     }
-    jobs = {}
+    jobs, preset = (
+        {},
+        {task: {"config": f"config/emoji.py:{task}"} for task in ("compressibility", "incompressibility")},
+    )
     for name, options in algorithms.items():
-        options = {"config": "config/emoji.py:compressibility", "algorithm": name, **options}
-        jobs |= tuned("fig4", "compressibility", name, LEARNING_RATES, options)
-    for name, rate in BEST.get("fig4", {}).items():
-        options = {"config": "config/emoji.py:incompressibility", "algorithm": name, **algorithms[name]}
-        jobs |= jobs_of("incompressibility", name, [rate], SEEDS, **options)
-    return jobs
+        options = {"algorithm": name, **options}
+        jobs |= tuned("fig4", "compressibility", name, LEARNING_RATES, preset["compressibility"] | options)
+        for rate in rates_of("fig4", name):
+            jobs |= jobs_of("incompressibility", name, [rate], SEEDS, **preset["incompressibility"], **options)
+    for rate in rates_of("fig4", "rwr"):
+        options = {"algorithm": "rwr", **algorithms["rwr"], "train.inverse_temperature": 0.0}
+        jobs |= jobs_of("compressibility", "unweighted", [rate], SEEDS[:1], **preset["compressibility"], **options)
+    return dict(sorted(jobs.items(), key=lambda job: job[1]["seed"]))
 
 
 def lora():

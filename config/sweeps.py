@@ -14,7 +14,7 @@ SMALL = {
 }  # fmt: skip
 SEEDS = (0, 1, 2)
 LEARNING_RATES = (1e-4, 3e-4)
-BEST = {}  # sweep -> curve -> learning rate
+BEST = {"fig4": {"ddpo_is": 3e-4, "ddpo_sf": 1e-4, "rwr": 1e-4, "rwr_sparse": 1e-4}}  # sweep -> curve -> learning rate
 
 
 def jobs_of(panel, curve, rates, seeds, **options):

@@ -213,18 +213,8 @@ def test_pairs_that_are_none_are_named(pictures, line):
 
 
 def test_pairs_of_a_preset_with_another_model(tiny, tmp_path):
-    command = [
-        sys.executable,
-        "scripts/annotate.py",
-        "--model",
-        tiny,
-        "--pairs",
-        2,
-        "--draw_only",
-        "--output",
-        tmp_path,
-    ]
-    result = run([*command, "--config", "config/emoji.py:alignment"])
+    command = [sys.executable, "scripts/annotate.py", "--model", tiny, "--output", tmp_path, "--draw_only", "--pairs"]
+    result = run([*command, 2, "--config", "config/emoji.py:alignment"])
     assert result.returncode == 0, result.stderr
     pairs = read_pairs(tmp_path / "pairs.jsonl")
     known = {prompt for prompt, _ in prompts.animal_activities()}

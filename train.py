@@ -26,10 +26,11 @@ from ddpo import InputError, choose, cli, guards, prompts, rewards, use_cpu
 from ddpo.checkpoint import load_checkpoint, save_checkpoint, truncate_metrics
 from ddpo.ddim_logprob import step_stds
 from ddpo.losses import ALGORITHMS, TIMESTEPS
+from ddpo.memory import fit_batch_sizes
 from ddpo.pipeline_logprob import draw_noise, sample_log_prob, sample_with_logprob, step_log_prob
 from ddpo.policy import load_policy
 from ddpo.stat_tracking import ADVANTAGES, PerPromptStatTracker
-from ddpo.tracking import image_grid, log_metrics, start_run, start_tracker
+from ddpo.tracking import Stopwatch, image_grid, log_metrics, peak_memory_gb, start_run, start_tracker
 
 GRID = 2**31  # the "epoch" whose noise the picture grids use
 
@@ -63,8 +64,9 @@ def train(config, preset):
 
     policy.keep(base=opt.kl_weight > 0, ema_decay=opt.ema_decay)
     parameters = policy.trainable_parameters()
+    betas = (opt.adam_beta1, opt.adam_beta2)
     optimizer = torch.optim.AdamW(
-        parameters, opt.learning_rate, (opt.adam_beta1, opt.adam_beta2), opt.adam_epsilon, opt.adam_weight_decay
+        parameters, opt.learning_rate, betas, opt.adam_epsilon, opt.adam_weight_decay, fused=True
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     tracker = PerPromptStatTracker(config.stats.buffer_size, config.stats.min_count, config.stats.max_age)
@@ -79,6 +81,8 @@ def train(config, preset):
     guidance = sample.guidance_scale if opt.guidance else 1.0  # in training
     stds = step_stds(policy.scheduler, sample.eta).to(device)
     ratio_scale = stds / stds.mean() if opt.sigma_weighting else torch.ones_like(stds)
+    fitting = fit_batch_sizes(accelerator, policy, parameters, config, noise_shape, share, len(mine))
+    sample.batch_size, opt.batch_size = fitting
     # A batch composed otherwise may round otherwise, which would look like a changed policy: the old log-probs are then
     # computed again as training will, so that the ratio is exactly 1 before any update.
     unlike = sample.batch_size != opt.batch_size or share % opt.batch_size > 0
@@ -129,7 +133,7 @@ def train(config, preset):
     epochs = tqdm(range(first_epoch, config.num_epochs), "epochs", config.num_epochs, initial=first_epoch,
                   unit="epoch", disable=not accelerator.is_main_process)  # fmt: skip
     for epoch in epochs:
-        start = time.time()
+        clock = Stopwatch()
 
         # --------------------------------------------------------------------------------------------------- sample
         group = sample.images_per_prompt
@@ -142,8 +146,10 @@ def train(config, preset):
             batch = slice(first, first + len(images))
             arguments = (reward_fn, images, my_prompts[batch], my_metadata[batch], config.reward_timeout)
             scores.append(scorer.submit(rewards.compute_rewards, *arguments))
+            clock.lap("seconds_sampling")
             if device.type == "cpu":
                 scores[-1].result()
+                clock.lap("seconds_rewards")
 
         trajectories = sample_with_logprob(
             policy, my_prompts, lambda k: draw_noise(noise_shape, config.seed, epoch, mine[k]), sample.guidance_scale,
@@ -153,6 +159,7 @@ def train(config, preset):
         if trajectories is None:  # interrupted: no weight has changed since the last epoch, which is saved below
             break
         _, latents, old_log_probs, timesteps = trajectories
+        clock.lap("seconds_sampling")
         if not latents.isfinite().all():
             raise InputError(f"epoch {epoch}: the network's output is not finite. Try precision bf16 or fp32")
 
@@ -168,6 +175,7 @@ def train(config, preset):
         weights = torch.as_tensor(weights[mine], dtype=torch.float32, device=device)
         if np.ptp(all_rewards) == 0:
             accelerator.print(f"warning: epoch {epoch}: the reward is {all_rewards[0]:g} for all: nothing to learn")
+        clock.lap("seconds_rewards")  # those that sampling did not hide
 
         # -------------------------------------------------------------------------------------------------- updates
         prompt_embeds, negative_embeds = policy.embed(my_prompts), policy.embed([""])
@@ -248,14 +256,17 @@ def train(config, preset):
 
         # --------------------------------------------------------------------------------------------- log and save
         guards.check_processes_agree(accelerator, parameters, epoch + 1)
+        clock.lap("seconds_training")
         transition_count = sample.images_per_epoch * trained_steps * opt.inner_epochs
         infos = gather_object([{key: float(value.sum()) for key, value in reward_info.items()}])
-        seconds = time.time() - start
+        seconds = time.perf_counter() - clock.start
         metrics = {
             **{key: sum(i[key] for i in infos) / sample.images_per_epoch for key in reward_info},
             "epoch": epoch,
             "reward_queries": (epoch + 1) * sample.images_per_epoch,
             "seconds": seconds,
+            **clock.seconds,
+            "peak_memory_gb": peak_memory_gb(device),
             "reward_mean": float(all_rewards.mean()),
             "reward_std": float(all_rewards.std()),
             "images_per_second": sample.images_per_epoch / seconds,

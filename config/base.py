@@ -39,7 +39,7 @@ def get_config():
     config.sample = sample = ConfigDict()
     sample.images_per_epoch = 256  # reward queries a round, over all processes
     sample.images_per_prompt = 1  # consecutive samples that share a prompt
-    sample.batch_size = 8  # (memory) images per forward pass and process
+    sample.batch_size = 8  # (memory) images per forward pass and process; 0: what fits, equal to train.batch_size
     sample.num_steps = 50  # T, denoising steps
     sample.guidance_scale = 5.0  # classifier-free guidance in sampling and in training; 1: none
     sample.eta = 1.0  # noise of the DDIM step; must be > 0 for a policy that is a distribution
@@ -64,7 +64,7 @@ def get_config():
     config.train = train = ConfigDict()
     train.updates_per_epoch = 4  # optimizer steps per pass over the round's samples
     train.inner_epochs = 1  # passes over the round's samples
-    train.batch_size = 8  # (memory) transitions (x_t, t, x_t-1) per forward and backward pass and process
+    train.batch_size = 8  # (memory) transitions (x_t, t, x_t-1) per forward and backward pass and process; 0: see above
     train.gradient_checkpointing = False  # (memory) recompute activations in the backward pass: slower, far smaller
     train.learning_rate = 3e-4
     train.adam_beta1 = 0.9
@@ -102,12 +102,12 @@ def check(config, processes=1):
         ("lora_rank", config.lora_rank, 0), ("save_every", config.save_every, 1),
         ("keep_checkpoints", config.keep_checkpoints, 0), ("grid_every", config.grid_every, 0),
         ("grid_images", config.grid_images, 1), ("threads", config.threads, 0),
-        ("sample.images_per_epoch", sample.images_per_epoch, 1), ("sample.batch_size", sample.batch_size, 1),
+        ("sample.images_per_epoch", sample.images_per_epoch, 1), ("sample.batch_size", sample.batch_size, 0),
         ("sample.images_per_prompt", sample.images_per_prompt, 1), ("sample.num_steps", sample.num_steps, 1),
         ("sample.height", sample.height, 0), ("sample.width", sample.width, 0),
         ("stats.buffer_size", config.stats.buffer_size, 1), ("stats.min_count", config.stats.min_count, 1),
         ("stats.max_age", config.stats.max_age, 0), ("train.updates_per_epoch", train.updates_per_epoch, 1),
-        ("train.inner_epochs", train.inner_epochs, 1), ("train.batch_size", train.batch_size, 1),
+        ("train.inner_epochs", train.inner_epochs, 1), ("train.batch_size", train.batch_size, 0),
     ):  # fmt: skip
         if value < lowest:
             raise InputError(f"{name} = {value} must be at least {lowest}")

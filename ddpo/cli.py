@@ -10,6 +10,7 @@ import threading
 import time
 
 import psutil
+import torch
 from absl import app, flags
 from accelerate.commands.launch import launch_command_parser
 from ml_collections import config_flags
@@ -48,6 +49,13 @@ def run(train):
         if any(thread.name == "reward" for thread in threading.enumerate()):  # it hangs, and would hold up the exit
             os._exit(1)
         sys.exit(1)
+    except torch.OutOfMemoryError as error:  # later than the batches that were tried at the start: rewards, a neighbour
+        if os.environ.get("DDPO_TRACEBACK"):
+            raise
+        sys.exit(
+            f"error: out of memory: {str(error).splitlines()[0]} Resume with smaller --config.sample.batch_size and "
+            "--config.train.batch_size (DDPO_TRACEBACK=1 shows where)"
+        )
     except KeyboardInterrupt:
         sys.exit("interrupted before the first epoch: there is nothing to save")
 

@@ -153,7 +153,10 @@ def sample_with_logprob(
 
 
 def decode(policy, latents):
-    """Latents (B, C, H, W) -> B PIL images, through the VAE in float32."""
-    pixels = policy.vae.decode(latents / policy.vae.config.scaling_factor).sample
-    pixels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
-    return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+    """Latents (B, C, H, W) -> B PIL images, through the VAE in float32; so many at a time as make four of 512x512."""
+    images = []
+    for part in latents.split(max(1, 4 * 64 * 64 // latents[0, 0].numel())):
+        pixels = policy.vae.decode(part / policy.vae.config.scaling_factor).sample
+        pixels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+        images += [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+    return images

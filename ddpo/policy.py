@@ -127,6 +127,11 @@ def load_policy(model, lora_rank, precision, device, lora_targets=("to_q", "to_k
     pipe.text_encoder.requires_grad_(False)
     pipe.unet.requires_grad_(not lora_rank)
     pipe.to(device)
+    for network in (pipe.unet, pipe.vae):  # what convolutions want, on a CPU and in half precision on a GPU
+        network.to(memory_format=torch.channels_last)
+    # On the device for good: to copy them there in every step would make each wait for the device.
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)
+    pipe.scheduler.final_alpha_cumprod = torch.as_tensor(pipe.scheduler.final_alpha_cumprod, device=device)
     if lora_rank:
         modules = [name for name, _ in pipe.unet.named_modules()]
         for target in lora_targets:

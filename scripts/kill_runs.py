@@ -99,7 +99,8 @@ def final_state(run_dir):
     state = torch.load(os.path.join(folder, "state.pt"), weights_only=True)
     weights = load_file(os.path.join(folder, "lora", "pytorch_lora_weights.safetensors"))
     with open(os.path.join(run_dir, "metrics.jsonl")) as f:
-        metrics = [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in f]
+        metrics = [json.loads(line) for line in f]
+    metrics = [{k: v for k, v in m.items() if "second" not in k and "memory" not in k} for m in metrics]
     return {"weights": weights, "optimizer": state["optimizer"], "tracker": state["tracker"], "metrics": metrics}
 
 

@@ -87,6 +87,18 @@ elif SABOTAGE == "training has dropout":
 
     predict = pipeline.predict_noise
     pipeline.predict_noise = lambda *args: predict(*args) * (1.02 if torch.is_grad_enabled() else 1.0)
+elif SABOTAGE.startswith("memory for "):  # so many rows in a forward pass
+    from ddpo.policy import Policy
+
+    forward, passes = Policy.forward, []
+
+    def limited(self, latents, *args):
+        passes.append(len(latents))
+        if len(latents) > int(SABOTAGE.split()[2]) or (SABOTAGE.endswith("then less") and len(passes) > 8):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, latents, *args)
+
+    Policy.forward = limited
 elif SABOTAGE == "the tracker breaks later":
     from accelerate import Accelerator
 

@@ -34,7 +34,7 @@ MISTAKES = {
     "negative rank": ({"lora_rank": -1}, ["lora_rank = -1", "at least 0"]),
     "no precision": ({"precision": ""}, ["unknown precision ''", "fp32, tf32, bf16, fp16"]),
     "no update": ({"train__updates_per_epoch": 0}, ["train.updates_per_epoch = 0", "at least 1"]),
-    "no batch": ({"train__batch_size": 0}, ["train.batch_size = 0", "at least 1"]),
+    "no batch": ({"train__batch_size": -1}, ["train.batch_size = -1", "at least 0"]),
     "clip range 0": ({"train__clip_range": 0.0}, ["train.clip_range = 0.0", "greater than 0"]),
     "guidance below 1": ({"sample__guidance_scale": 0.5}, ["sample.guidance_scale = 0.5", "at least 1"]),
     "more than all timesteps": ({"train__timestep_fraction": 1.5}, ["train.timestep_fraction = 1.5", "0.333 to 1"]),

@@ -19,9 +19,9 @@ from ddpo import InputError, rewards
 
 
 def metrics(run):
-    """The lines of metrics.jsonl without what a clock decides."""
+    """The lines of metrics.jsonl without time and memory."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+    return [{k: v for k, v in line.items() if "second" not in k and "memory" not in k} for line in lines]
 
 
 def weights(run, epoch):

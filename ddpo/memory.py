@@ -1,0 +1,84 @@
+"""Batch sizes that fit into memory: found by the run itself, or given and lowered where they do not fit."""
+
+import gc
+
+import torch
+from accelerate.utils import gather_object
+
+from ddpo import InputError
+from ddpo.pipeline_logprob import decode, predict_noise
+
+# Beyond so many latent pixels a batch (one picture of Stable Diffusion's, 16 of the embedded model's) a CPU gains
+# nothing, see results/bench; a GPU is filled but for a share of its memory, left to rewards and fragments.
+CPU_LATENT_PIXELS = 64 * 64
+GPU_SPARE = 0.1
+
+
+def fit_batch_sizes(accelerator, policy, parameters, config, noise_shape, share, count):
+    """Batch sizes with which a step of sampling and one of training fit into memory, which is tried.
+
+    A size of 0 becomes the other one; where both are 0, or the given ones do not fit, both become the largest divisor
+    of `share` that fits, so that training composes its batches as sampling does. On a CPU, which has no out-of-memory
+    error, given sizes are taken at their word. All processes get the same.
+
+    Args:
+        parameters: the weights to be trained.
+        noise_shape: (T + 1, C, H, W), of a sample.
+        share: samples that a process has in an update.
+        count: samples that a process has in a round.
+    Returns:
+        sample.batch_size, train.batch_size.
+    Raises:
+        InputError if not even a single sample fits.
+    """
+    given = [size for size in (config.sample.batch_size, config.train.batch_size) if size]
+    on_cpu = policy.device.type == "cpu"
+    if len(given) == 2 and on_cpu:
+        return tuple(given)
+    most = max(1, CPU_LATENT_PIXELS // (noise_shape[-2] * noise_shape[-1])) if on_cpu else share
+    equal = [(size, size) for size in range(min(given, default=most), 0, -1) if share % size == 0]
+    tried = [(given[0], given[-1]), *(sizes for sizes in equal if sizes != (given[0], given[-1]))] if given else equal
+    for sizes in tried:
+        if _fits(policy, parameters, config, noise_shape, count, *sizes):
+            break
+        print(f"out of memory with sample.batch_size = {sizes[0]} and train.batch_size = {sizes[1]}", flush=True)
+    else:
+        raise InputError(
+            "out of memory with one image: --config.train.gradient_checkpointing=True, --config.precision=bf16, a LoRA "
+            "(--config.lora_rank=4) and smaller pictures (--config.sample.height, width) need less"
+        )
+    sizes = min(gather_object([sizes]))
+    if sizes != (config.sample.batch_size, config.train.batch_size):
+        accelerator.print(f"batch sizes: {sizes[0]} images when sampling, {sizes[1]} transitions when training")
+    return sizes
+
+
+def _fits(policy, parameters, config, noise_shape, count, sampled, trained):
+    """Whether there is memory for a sampling step, a decoding, and a step of training, beside what a run holds
+    meanwhile: the trajectories and the optimizer's two moments (gradients come with the step)."""
+    held, empty, guidance = [], policy.embed([""]), config.sample.guidance_scale
+
+    def output(size):
+        t = policy.scheduler.timesteps[:1].to(policy.device).expand(size)
+        latents = torch.zeros(size, *noise_shape[1:], device=policy.device)
+        return predict_noise(policy, latents, t, empty.expand(size, -1, -1), empty, guidance)
+
+    try:
+        held += [torch.empty_like(p) for p in parameters for _ in range(2)]
+        held += [torch.empty(count, *noise_shape, device=policy.device)]
+        if policy.device.type == "cuda":
+            spare = int(GPU_SPARE * torch.cuda.get_device_properties(policy.device).total_memory)
+            held += [torch.empty(spare, dtype=torch.uint8, device=policy.device)]
+        with torch.no_grad():
+            decode(policy, output(sampled))
+        output(trained).square().mean().backward()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        for p in parameters:
+            p.grad = None
+        held.clear()
+        gc.collect()  # the traceback of an error holds the network's activations
+        if policy.device.type == "cuda":
+            torch.cuda.empty_cache()

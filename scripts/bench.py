@@ -1,0 +1,343 @@
+"""Speed and memory of training, part by part: alone, in turn with a peer or a variant, or as work grows.
+
+    python -m scripts.bench                                             # the embedded model on this machine
+    python -m scripts.bench --model sd15 --precision bf16 --set sample.images_per_epoch=64 sample.num_steps=50
+    python -m scripts.bench --against trl --repetitions 5 --json results/bench/trl-cpu.json
+    python -m scripts.bench --variant train.batch_size=4 --variant checkout=../other-commit
+    python -m scripts.bench --profile
+    python -m scripts.bench --model tiny --scaling
+
+What is timed is `train.train` itself, with the options given by --set and epochs let through one at a time: it logs
+the seconds of its parts (ddpo/tracking.py), having waited for the device at the end of each. All contestants are
+processes that live through the whole run and take epochs in turn, so that a machine that slows down slows all alike;
+the others sleep meanwhile. The first epochs (--warmup) are not counted. Where others use the machine too, the ratio of
+the processes' own CPU seconds says more than that of the clock's.
+
+--against trl makes a virtual environment in --trl_folder, which sees this one's packages (so both run the same torch,
+diffusers, transformers, peft and accelerate) and has trl 0.23.1 beside them.
+Models other than emoji have random weights, on which speed does not depend; they are saved under --models_folder.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parent.parent
+MODELS = ("emoji", "tiny", "sd15", "sd21")
+PARTS = ("seconds_sampling", "seconds_rewards", "seconds_training", "seconds", "cpu_seconds")
+DEFAULTS = {  # the comparison's: 4 batches of 8 images, 10 steps, guidance, one update a batch
+    "sample.images_per_epoch": 32, "train.updates_per_epoch": 4, "sample.num_steps": 10, "sample.guidance_scale": 5.0,
+    "sample.batch_size": 8, "train.batch_size": 8, "lora_rank": 4, "precision": "fp32", "prompts": "common_animals",
+    "reward": "jpeg_compressibility", "grid_every": 0, "grid_images": 1, "save_every": 10**9, "keep_checkpoints": 1,
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- contestants
+def worker(options):
+    """Runs train.train with `options` {dotted name: value}: prints a JSON line of metrics after each epoch, then waits
+    for a line of input to go on. With the option "profile" it prints the ten costliest operations of its last epoch."""
+    profile = options.pop("profile", 0)
+    os.chdir(options.pop("checkout", ROOT))
+    sys.path.insert(0, os.getcwd())
+    import train
+    from config.base import get_config
+
+    profiler = torch.profiler.profile()
+
+    def gate(accelerator, run_dir, metrics):
+        if profile and metrics["epoch"] == config.num_epochs - 1:
+            profiler.stop()
+            on_gpu = accelerator.device.type == "cuda"
+            sort, averages = f"self_{'device' if on_gpu else 'cpu'}_time_total", profiler.key_averages()
+            table = averages.table(sort_by=sort, row_limit=10, max_name_column_width=48, header=None)
+            metrics["profile"] = table
+        for name, grad in (("sampled_rows", False), ("trained_rows", True)):  # through the UNet, as in bench_trl.py
+            metrics[name] = sum(size for g, size in passes if g == grad)
+        metrics["cpu_seconds"] = time.process_time() - cpu["start"]
+        print(json.dumps(metrics), flush=True)
+        passes.clear()
+        sys.stdin.readline()
+        cpu["start"] = time.process_time()
+        if profile and metrics["epoch"] == config.num_epochs - 2:
+            profiler.start()
+
+    passes, load_policy, cpu = [], train.load_policy, {"start": time.process_time()}
+
+    def load(*arguments):
+        policy = load_policy(*arguments)
+        policy.unet.register_forward_pre_hook(lambda _, given: passes.append((torch.is_grad_enabled(), len(given[0]))))
+        return policy
+
+    train.log_metrics, train.load_policy = gate, load
+    config = get_config()
+    config.update_from_flattened_dict(options)
+    train.train(config, "bench")
+
+
+class Contestant:
+    """A process that trains for an epoch whenever asked."""
+
+    def __init__(self, name, command, options):
+        self.name, self.options, self.epochs = name, options, []
+        self.log = tempfile.TemporaryFile("w+")
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        self.process = subprocess.Popen(
+            [*command, json.dumps(options)], text=True, cwd=ROOT, env=environment, stderr=self.log,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self.started = False
+
+    def epoch(self):
+        """Lets it train for one epoch; returns its metrics."""
+        if self.started:
+            print(file=self.process.stdin, flush=True)
+        self.started = True
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                self.epochs.append(json.loads(line))
+                return self.epochs[-1]
+        self.log.seek(0)
+        sys.exit(f"{self.name} ended early:\n{self.log.read()[-3000:]}")
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def make_model(name, folder):
+    """The folder of a model of MODELS; those with random weights are made if they are not there."""
+    if name == "emoji":
+        return "models/emoji"
+    if name == "sdxl":
+        sys.exit("error: sdxl: ddpo/policy.py loads Stable Diffusion 1.x and 2.x, which have one text encoder")
+    if name in MODELS:
+        from scripts.make_random_model import make_random_model
+
+        path = Path(folder, name).absolute()
+        return str(path) if (path / "model_index.json").exists() else make_random_model(name, path)
+    return name
+
+
+def make_trl(folder):
+    """The Python of a virtual environment with trl 0.23.1 and, through a .pth file, this environment's packages."""
+    python = Path(folder, "bin/python").absolute()
+    if not Path(folder, "ready").exists():
+        print(f"making {folder} with trl 0.23.1", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        site = subprocess.run(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            check=True, capture_output=True, text=True,
+        ).stdout.strip()  # fmt: skip
+        Path(site, "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "trl==0.23.1"], check=True)
+        Path(folder, "ready").touch()
+    return str(python)
+
+
+# ------------------------------------------------------------------------------------------------------ what it costs
+def count_flops(model, options):
+    """(sampling, training) floating-point operations of an image in an epoch, without VAE and text encoder: counted on
+    the UNet without data ("meta"), forward, and forward and backward."""
+    from ddpo.policy import load_policy
+
+    policy = load_policy(model, options["lora_rank"], "fp32", "cpu")
+    unet = policy.unet.to("meta")
+    latents = torch.empty(1, *policy.latent_shape(), device="meta")
+    states = torch.empty(1, policy.pipe.tokenizer.model_max_length, unet.config.cross_attention_dim, device="meta")
+    step = torch.ones(1, device="meta")
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        unet(latents, step, states)
+    with FlopCounterMode(display=False) as both:
+        unet(latents, step, states).sample.sum().backward()
+    passes = options["sample.num_steps"] * (1 + (options["sample.guidance_scale"] != 1))
+    return forward.get_total_flops() * passes, both.get_total_flops() * passes
+
+
+def matmul_ceiling(precision, threads, size=0):
+    """Floating-point operations a second of a large square matrix product: median of 10, after 3."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    size = size or (8192 if device.type == "cuda" else 1536)
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    else:
+        torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(13):
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            a @ b
+            end.record()
+            torch.cuda.synchronize()
+            seconds.append(start.elapsed_time(end) / 1e3)
+        else:
+            start = time.perf_counter()
+            a @ b
+            seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / float(np.median(seconds[3:]))
+
+
+def hardware(threads):
+    """One line: what it ran on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    with open("/proc/cpuinfo") as f:
+        name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), "unknown CPU")
+    return f"{name}, {threads} threads, torch {torch.__version__}"
+
+
+def commit():
+    """The commit of this checkout, with + if files differ from it."""
+
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+# ------------------------------------------------------------------------------------------------------------ reports
+def spread(values):
+    """ "median (smallest-largest)" with three digits."""
+    return f"{np.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+
+
+def summarise(contestant, flops, ceiling):
+    """The counted epochs' images per second, part by part; memory; medians' share of the matrix-product ceiling."""
+    images, epochs = contestant.options["sample.images_per_epoch"], contestant.counted
+    row = {"name": contestant.name, "images_per_epoch": images, "peak_memory_gb": epochs[-1].get("peak_memory_gb", 0)}
+    row |= {key: epochs[-1][key] / images for key in ("sampled_rows", "trained_rows")}
+    for part in PARTS:
+        row[part.replace("seconds", "images_per_second")] = [images / e[part] for e in epochs if e.get(part)]
+    for part, count in {"": sum(flops), "_sampling": flops[0], "_training": flops[1]}.items():
+        if speeds := row["images_per_second" + part]:
+            row["ceiling_share" + part] = count * float(np.median(speeds)) / ceiling
+    return row
+
+
+def table(rows):
+    """The rows as a Markdown table. Speeds relative to the first row's are taken epoch by epoch."""
+    parts = ["sampling", "rewards", "training", "epoch", "a CPU core"]
+    columns = [*(f"{part}, images/s" for part in parts), "first / this", "by CPU time", "share of ceiling", "peak GB"]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in rows:
+        speeds = [row[part.replace("seconds", "images_per_second")] for part in PARTS]
+        for key, ratio in (("images_per_second", "first_to_this"), ("cpu_images_per_second", "first_to_this_cpu")):
+            row[ratio] = [first / this for first, this in zip(rows[0][key], row[key])]
+            speeds.append(row[ratio])
+        cells = [row["name"], *(spread(values) if values else "-" for values in speeds)]
+        cells += [f"{row['ceiling_share']:.0%}", f"{row['peak_memory_gb']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    for key in ("sampled_rows", "trained_rows"):
+        if len({row[key] for row in rows}) > 1:
+            lines.append(f"\nNot the same arithmetic: {key} of an image are {[row[key] for row in rows]}")
+    return "\n".join(lines)
+
+
+def compare(contestants, repetitions, warmup):
+    """Epochs in turn: A B C A B C ... Sets each contestant's `counted` epochs."""
+    for turn in range(warmup + repetitions):
+        for c in contestants:
+            metrics = c.epoch()
+            print(f"{'warm-up' if turn < warmup else f'epoch {turn - warmup}'}: {c.name} {metrics['seconds']:.2f} s "
+                  f"for {c.options['sample.images_per_epoch']} images", flush=True)  # fmt: skip
+    for c in contestants:
+        c.counted = c.epochs[warmup:]
+
+
+def parse(changes):
+    """["train.batch_size=4"] -> {"train.batch_size": 4}; values as Python or JSON write them, else strings."""
+    options = {}
+    for key, value in (change.split("=", 1) for change in changes):
+        try:
+            options[key] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            options[key] = value
+    return options
+
+
+def as_post(options):
+    """The sizes that trl's post recommends for one GPU: batches of 6 images sampled, updates of 3 images trained."""
+    images = max(24, options["sample.images_per_epoch"] // 24 * 24)
+    return options | {
+        "sample.images_per_epoch": images, "sample.batch_size": 6, "train.batch_size": 3,
+        "train.updates_per_epoch": images // 3,
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="emoji", help=f"{', '.join(MODELS)}, or a folder")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="options of config/base.py")
+    other = "a contestant with these options besides; checkout=FOLDER is another commit's train.py"
+    parser.add_argument("--variant", nargs="+", action="append", default=[], metavar="KEY=VALUE", help=other)
+    parser.add_argument("--against", choices=["trl"])
+    parser.add_argument("--repetitions", type=int, default=3, help="epochs counted")
+    parser.add_argument("--warmup", type=int, default=1, help="epochs not counted")
+    parser.add_argument("--threads", type=int, default=0, help="on a CPU; 0: all cores")
+    parser.add_argument("--profile", action="store_true", help="the ten costliest operations of one more epoch")
+    parser.add_argument("--json", help="file to write everything to")
+    parser.add_argument("--models_folder", default="runs/bench/models")
+    parser.add_argument("--trl_folder", default="runs/bench/trl")
+    args = parser.parse_args()
+
+    from ddpo import cpu_cores
+
+    threads = args.threads or cpu_cores()
+    model = make_model(args.model, args.models_folder)
+    epochs = args.warmup + args.repetitions + args.profile
+    base = {**DEFAULTS, "model": model, "threads": threads, "num_epochs": epochs, "precision": args.precision}
+    base |= parse(args.set)
+    worker_command = [sys.executable, "-m", "scripts.bench", "worker"]
+    with tempfile.TemporaryDirectory() as folder:
+        setups = [("ours", worker_command, base)]
+        for changes in args.variant:
+            setups.append((" ".join(changes), worker_command, base | parse(changes)))
+        if args.against:
+            command = [make_trl(args.trl_folder), "-m", "scripts.bench_trl"]
+            setups += [("trl, batches as ours", command, base), ("trl, batches as its post", command, as_post(base))]
+        contestants = []
+        for i, (name, command, options) in enumerate(setups):
+            own = {"profile": 1} if args.profile and command is worker_command else {}
+            options = options | {"run_dir": str(Path(folder, str(i)))} | own
+            contestants.append(Contestant(name, command, options))
+        compare(contestants, args.repetitions, args.warmup)
+        profiles = {c.name: c.epoch()["profile"] for c in contestants if "profile" in c.options}
+        for c in contestants:
+            c.end()
+    ceiling, flops = matmul_ceiling(args.precision, threads), count_flops(model, base)
+    rows = [summarise(c, flops, ceiling) for c in contestants]
+    for name, profile in profiles.items():
+        print(f"\n{name}\n{profile}")
+    report = table(rows)
+    machine = hardware(threads)
+    print(
+        f"\n{args.model}, {machine}, commit {commit()}; median (smallest-largest) of {args.repetitions} epochs after "
+        f"{args.warmup}\nmatrix products: {ceiling / 1e12:.3g} TFLOP/s ({args.precision}); an image of an epoch: "
+        f"{flops[0] / 1e12:.4g} TFLOP sampling, {flops[1] / 1e12:.4g} training, in {rows[0]['sampled_rows']:g} and "
+        f"{rows[0]['trained_rows']:g} passes through the UNet\n\n{report}"
+    )
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        result = {"command": sys.argv[1:], "commit": commit(), "hardware": machine, "matmul_flops": ceiling,
+                  "flops_per_image": flops, "options": base, "rows": rows, "profiles": profiles}  # fmt: skip
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        worker(json.loads(sys.argv[2]))
+    else:
+        main()

@@ -58,6 +58,8 @@ def train(config, preset):
     policy = load_policy(config.model, config.lora_rank, config.precision, device, targets, config.seed)
     if opt.gradient_checkpointing:
         policy.unet.enable_gradient_checkpointing()
+    if config.compile:
+        policy.compile()
     prompts.check_length([prompt for prompt, _ in prompt_set], policy.pipe.tokenizer)
     policy.scheduler.set_timesteps(sample.num_steps)
     noise_shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))

@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -63,6 +64,7 @@ def worker(options):
             metrics["profile"] = table
         for name, grad in (("sampled_rows", False), ("trained_rows", True)):  # through the UNet, as in bench_trl.py
             metrics[name] = sum(size for g, size in passes if g == grad)
+        metrics["memory_gb"] = psutil.Process().memory_info().rss / 1e9
         metrics["cpu_seconds"] = time.process_time() - cpu["start"]
         print(json.dumps(metrics), flush=True)
         passes.clear()
@@ -276,6 +278,56 @@ def as_post(options):
     }  # fmt: skip
 
 
+def scaling_setups(command, base):
+    """Contestants that do 4 and 16 times the work, twice with other means: [(name, command, options)]."""
+    per_update = base["sample.images_per_epoch"] // base["train.updates_per_epoch"]
+    setups = []
+    for images, steps, processes in ((16, 10, 1), (64, 10, 1), (256, 10, 1), (16, 50, 1), (64, 10, 2)):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        own = base | {"sample.images_per_epoch": images, "train.updates_per_epoch": images // per_update}
+        own |= {"sample.num_steps": steps, "threads": max(1, base["threads"] // processes)}
+        name = f"{images} images, {steps} steps, {processes} process{'es' * (processes > 1)}"
+        setups.append((name, [*launcher, *command[1:]] if processes > 1 else command, own))
+    return setups
+
+
+def scaling_table(contestants):
+    """Milliseconds that a step of an image costs, sampled and trained, by the clock; relative to the first's."""
+    lines = ["| | ms a step of an image | this / first | by CPU time |", "|---|---|---|---|"]
+    cost = {}
+    for c in contestants:
+        work = c.options["sample.images_per_epoch"] * c.options["sample.num_steps"]
+        cost[c.name] = [[1e3 * e[key] / work for e in c.counted] for key in ("seconds", "cpu_seconds")]
+        first = cost[contestants[0].name]
+        ratios = [[a / b for a, b in zip(this, other)] for this, other in zip(cost[c.name], first)]
+        by_cpu = spread(ratios[1]) if "2 processes" not in c.name else "-"  # only one of them is read
+        lines.append(f"| {c.name} | {spread(cost[c.name][0])} | {spread(ratios[0])} | {by_cpu} |")
+    return "\n".join(lines), cost
+
+
+def memory_over_epochs(command, base, folder, epochs=200):
+    """GB that a process holds after 20, 40, ... epochs of 8 images."""
+    options = {"sample.images_per_epoch": 8, "train.updates_per_epoch": 1, "sample.num_steps": 2, "num_epochs": epochs}
+    contestant = Contestant("memory", command, base | options | {"run_dir": str(Path(folder, "memory"))})
+    held = {epoch: contestant.epoch()["memory_gb"] for epoch in range(1, epochs + 1)}
+    contestant.end()
+    return {epoch: gb for epoch, gb in held.items() if epoch % 20 == 0}
+
+
+def run_contestants(setups, folder, repetitions, warmup, profile=False):
+    """Starts them, lets them train in turn and ends them. Returns them, and {name: profile} of one more epoch."""
+    contestants = []
+    for i, (name, command, options) in enumerate(setups):
+        options = options | {"run_dir": str(Path(folder, str(i)))}
+        options |= {"profile": 1} if profile and "scripts.bench_trl" not in command else {}
+        contestants.append(Contestant(name, command, options))
+    compare(contestants, repetitions, warmup)
+    profiles = {c.name: c.epoch()["profile"] for c in contestants if "profile" in c.options}
+    for c in contestants:
+        c.end()
+    return contestants, profiles
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji", help=f"{', '.join(MODELS)}, or a folder")
@@ -288,6 +340,7 @@ def main():
     parser.add_argument("--warmup", type=int, default=1, help="epochs not counted")
     parser.add_argument("--threads", type=int, default=0, help="on a CPU; 0: all cores")
     parser.add_argument("--profile", action="store_true", help="the ten costliest operations of one more epoch")
+    parser.add_argument("--scaling", action="store_true", help="4 and 16 times the work, processes, memory over epochs")
     parser.add_argument("--json", help="file to write everything to")
     parser.add_argument("--models_folder", default="runs/bench/models")
     parser.add_argument("--trl_folder", default="runs/bench/trl")
@@ -300,40 +353,43 @@ def main():
     epochs = args.warmup + args.repetitions + args.profile
     base = {**DEFAULTS, "model": model, "threads": threads, "num_epochs": epochs, "precision": args.precision}
     base |= parse(args.set)
-    worker_command = [sys.executable, "-m", "scripts.bench", "worker"]
+    command = [sys.executable, "-m", "scripts.bench", "worker"]
+    setups = [("ours", command, base)]
+    setups += [(" ".join(changes), command, base | parse(changes)) for changes in args.variant]
+    if args.against:
+        trl = [make_trl(args.trl_folder), "-m", "scripts.bench_trl"]
+        setups += [("trl, batches as ours", trl, base), ("trl, batches as its post", trl, as_post(base))]
+    machine = hardware(threads)
+    result = {"command": sys.argv[1:], "commit": commit(), "hardware": machine, "options": base}
+    counted = f"median (smallest-largest) of {args.repetitions} epochs after {args.warmup}"
+    where = f"{args.model}, {machine}, commit {result['commit']}; {counted}"
     with tempfile.TemporaryDirectory() as folder:
-        setups = [("ours", worker_command, base)]
-        for changes in args.variant:
-            setups.append((" ".join(changes), worker_command, base | parse(changes)))
-        if args.against:
-            command = [make_trl(args.trl_folder), "-m", "scripts.bench_trl"]
-            setups += [("trl, batches as ours", command, base), ("trl, batches as its post", command, as_post(base))]
-        contestants = []
-        for i, (name, command, options) in enumerate(setups):
-            own = {"profile": 1} if args.profile and command is worker_command else {}
-            options = options | {"run_dir": str(Path(folder, str(i)))} | own
-            contestants.append(Contestant(name, command, options))
-        compare(contestants, args.repetitions, args.warmup)
-        profiles = {c.name: c.epoch()["profile"] for c in contestants if "profile" in c.options}
-        for c in contestants:
-            c.end()
+        if args.scaling:
+            setups = scaling_setups(command, base)
+            contestants, _ = run_contestants(setups, folder, args.repetitions, args.warmup)
+            report, result["ms_per_image_step"] = scaling_table(contestants)
+            print(f"\n{where}\n\n{report}\n")
+            result["memory_gb"] = memory_over_epochs(command, base, folder)
+            print("GB held after epochs: " + ", ".join(f"{k}: {v:.3f}" for k, v in result["memory_gb"].items()))
+            return write(args.json, result)
+        contestants, profiles = run_contestants(setups, folder, args.repetitions, args.warmup, args.profile)
     ceiling, flops = matmul_ceiling(args.precision, threads), count_flops(model, base)
     rows = [summarise(c, flops, ceiling) for c in contestants]
     for name, profile in profiles.items():
         print(f"\n{name}\n{profile}")
-    report = table(rows)
-    machine = hardware(threads)
     print(
-        f"\n{args.model}, {machine}, commit {commit()}; median (smallest-largest) of {args.repetitions} epochs after "
-        f"{args.warmup}\nmatrix products: {ceiling / 1e12:.3g} TFLOP/s ({args.precision}); an image of an epoch: "
+        f"\n{where}\nmatrix products: {ceiling / 1e12:.3g} TFLOP/s ({args.precision}); an image of an epoch: "
         f"{flops[0] / 1e12:.4g} TFLOP sampling, {flops[1] / 1e12:.4g} training, in {rows[0]['sampled_rows']:g} and "
-        f"{rows[0]['trained_rows']:g} passes through the UNet\n\n{report}"
+        f"{rows[0]['trained_rows']:g} passes through the UNet\n\n{table(rows)}"
     )
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        result = {"command": sys.argv[1:], "commit": commit(), "hardware": machine, "matmul_flops": ceiling,
-                  "flops_per_image": flops, "options": base, "rows": rows, "profiles": profiles}  # fmt: skip
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    result |= {"matmul_flops": ceiling, "flops_per_image": flops, "rows": rows, "profiles": profiles}
+    write(args.json, result)
+
+
+def write(path, result):
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""The bench's command lines; what they measure is not asserted."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from scripts.bench_memory import Peak, step_memory
+
+
+def test_bench(tiny, tmp_path):
+    """One epoch with a profile of another, and what is written of it."""
+    sizes = ("sample.images_per_epoch=4", "sample.num_steps=2", "train.updates_per_epoch=1", "train.batch_size=4")
+    command = [sys.executable, "-m", "scripts.bench", "--model", tiny, "--repetitions", "1", "--threads", "1"]
+    command += ["--profile", "--set", *sizes, "sample.batch_size=4", "--json", str(tmp_path / "bench.json")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((tmp_path / "bench.json").read_text())
+    (row,) = found["rows"]
+    assert "aten::" in found["profiles"]["ours"] and "| ours |" in result.stdout
+    assert row["sampled_rows"] == row["trained_rows"] == 4  # of an image: two steps, each with and without its prompt
+    assert row["images_per_second_training"][0] > row["images_per_second"][0] > 0
+
+
+def test_peak_memory_is_counted():
+    """Three tensors, of which two live at a time; a view holds no memory of its own."""
+    with Peak() as peak:
+        a = torch.ones(1000)
+        b = a.view(10, 100) * 2
+        del a
+        b = b + 1
+        assert (peak.now, peak.most) == (4000, 8000)
+    del b
+
+
+@pytest.mark.parametrize("rank, precision", [(4, "bf16"), (0, "fp32")])
+def test_step_memory(rank, precision):
+    """Twice the batch is twice the activations, so memory is a line in it; checkpointing lowers it."""
+    one, two, three = (step_memory("tiny", rank, precision, b, False) for b in (8, 16, 24))
+    assert three - two == pytest.approx(two - one, rel=0.05)
+    assert step_memory("tiny", rank, precision, 16, True) < two

@@ -26,11 +26,11 @@ from ddpo import InputError, choose, cli, guards, prompts, rewards, use_cpu
 from ddpo.checkpoint import load_checkpoint, save_checkpoint, truncate_metrics
 from ddpo.ddim_logprob import step_stds
 from ddpo.losses import ALGORITHMS, TIMESTEPS
-from ddpo.memory import fit_batch_sizes
+from ddpo.memory import fit_batch_sizes, peak_memory_gb
 from ddpo.pipeline_logprob import draw_noise, sample_log_prob, sample_with_logprob, step_log_prob
 from ddpo.policy import load_policy
 from ddpo.stat_tracking import ADVANTAGES, PerPromptStatTracker
-from ddpo.tracking import Stopwatch, image_grid, log_metrics, peak_memory_gb, start_run, start_tracker
+from ddpo.tracking import Stopwatch, image_grid, log_metrics, start_run, start_tracker
 
 GRID = 2**31  # the "epoch" whose noise the picture grids use
 
@@ -56,20 +56,15 @@ def train(config, preset):
         )
     targets = config.lora_targets.replace(" ", "").split(",")
     policy = load_policy(config.model, config.lora_rank, config.precision, device, targets, config.seed)
-    if opt.gradient_checkpointing:
-        policy.unet.enable_gradient_checkpointing()
-    if config.compile:
-        policy.compile()
+    policy.trade(opt.gradient_checkpointing, config.compile)
     prompts.check_length([prompt for prompt, _ in prompt_set], policy.pipe.tokenizer)
     policy.scheduler.set_timesteps(sample.num_steps)
     noise_shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))
 
     policy.keep(base=opt.kl_weight > 0, ema_decay=opt.ema_decay)
     parameters = policy.trainable_parameters()
-    betas = (opt.adam_beta1, opt.adam_beta2)
-    optimizer = torch.optim.AdamW(
-        parameters, opt.learning_rate, betas, opt.adam_epsilon, opt.adam_weight_decay, fused=True
-    )
+    adam = opt.learning_rate, (opt.adam_beta1, opt.adam_beta2), opt.adam_epsilon, opt.adam_weight_decay
+    optimizer = torch.optim.AdamW(parameters, *adam, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     tracker = PerPromptStatTracker(config.stats.buffer_size, config.stats.min_count, config.stats.max_age)
 
@@ -83,8 +78,7 @@ def train(config, preset):
     guidance = sample.guidance_scale if opt.guidance else 1.0  # in training
     stds = step_stds(policy.scheduler, sample.eta).to(device)
     ratio_scale = stds / stds.mean() if opt.sigma_weighting else torch.ones_like(stds)
-    fitting = fit_batch_sizes(accelerator, policy, parameters, config, noise_shape, share, len(mine))
-    sample.batch_size, opt.batch_size = fitting
+    sample.batch_size, opt.batch_size = fit_batch_sizes(policy, parameters, config, noise_shape, share, len(mine))
     # A batch composed otherwise may round otherwise, which would look like a changed policy: the old log-probs are then
     # computed again as training will, so that the ratio is exactly 1 before any update.
     unlike = sample.batch_size != opt.batch_size or share % opt.batch_size > 0
@@ -261,17 +255,15 @@ def train(config, preset):
         clock.lap("seconds_training")
         transition_count = sample.images_per_epoch * trained_steps * opt.inner_epochs
         infos = gather_object([{key: float(value.sum()) for key, value in reward_info.items()}])
-        seconds = time.perf_counter() - clock.start
         metrics = {
             **{key: sum(i[key] for i in infos) / sample.images_per_epoch for key in reward_info},
             "epoch": epoch,
             "reward_queries": (epoch + 1) * sample.images_per_epoch,
-            "seconds": seconds,
             **clock.seconds,
             "peak_memory_gb": peak_memory_gb(device),
             "reward_mean": float(all_rewards.mean()),
             "reward_std": float(all_rewards.std()),
-            "images_per_second": sample.images_per_epoch / seconds,
+            "images_per_second": sample.images_per_epoch / clock.seconds["seconds"],
             **{key: float(accelerator.reduce(value, "sum")) / transition_count for key, value in totals.items()},
             "ratio_error": float(accelerator.gather(ratio_error).max()),
             "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0,

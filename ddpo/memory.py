@@ -1,8 +1,10 @@
 """Batch sizes that fit into memory: found by the run itself, or given and lowered where they do not fit."""
 
 import gc
+import sys
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ddpo import InputError
@@ -14,7 +16,7 @@ CPU_LATENT_PIXELS = 64 * 64
 GPU_SPARE = 0.1
 
 
-def fit_batch_sizes(accelerator, policy, parameters, config, noise_shape, share, count):
+def fit_batch_sizes(policy, parameters, config, noise_shape, share, count):
     """Batch sizes with which a step of sampling and one of training fit into memory, which is tried.
 
     A size of 0 becomes the other one; where both are 0, or the given ones do not fit, both become the largest divisor
@@ -49,7 +51,7 @@ def fit_batch_sizes(accelerator, policy, parameters, config, noise_shape, share,
         )
     sizes = min(gather_object([sizes]))
     if sizes != (config.sample.batch_size, config.train.batch_size):
-        accelerator.print(f"batch sizes: {sizes[0]} images when sampling, {sizes[1]} transitions when training")
+        PartialState().print(f"batch sizes: {sizes[0]} images when sampling, {sizes[1]} transitions when training")
     return sizes
 
 
@@ -82,3 +84,17 @@ def _fits(policy, parameters, config, noise_shape, count, sampled, trained):
         gc.collect()  # the traceback of an error holds the network's activations
         if policy.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def peak_memory_gb(device):
+    """Most memory (1e9 bytes) that this process's tensors held on its GPU since the last call; on a CPU the most that
+    the process ever held (0: not known)."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

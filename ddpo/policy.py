@@ -50,10 +50,13 @@ class Policy:
             output = self.unet(latents, timesteps, prompt_embeds).sample.float()
         return output if with_grad else output.detach()
 
-    def compile(self):
-        """Compiles the UNet, for each size of batch when it first comes."""
-        self.unet.compile(dynamic=False)
-        self.compiled = True
+    def trade(self, gradient_checkpointing, compile):
+        """Gives speed for memory, or time at the start for speed: the UNet is compiled anew for each size of batch."""
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        if compile:
+            self.unet.compile(dynamic=False)
+        self.compiled = compile
 
     @torch.no_grad()
     def embed(self, prompts):

@@ -3,11 +3,9 @@
 import json
 import os
 import re
-import sys
 import time
 from netrc import NetrcParseError, netrc
 
-import torch
 from PIL import Image, ImageDraw
 
 from config.base import NO_EFFECT
@@ -83,32 +81,19 @@ def _has_wandb_key():
 
 
 class Stopwatch:
-    """Seconds by phase of an epoch. `lap` may be called wherever the device has just been waited for, as the loop does
-    to read pictures, rewards and gradient norms: there it costs no synchronisation of its own."""
+    """Seconds of an epoch and of its phases. `lap` is called where the device has been waited for, as the loop does
+    to read pictures, rewards and gradient norms: it costs no synchronisation of its own."""
 
     def __init__(self):
         self.start = self.last = time.perf_counter()
         self.seconds = {}
 
     def lap(self, phase):
-        """Counts the time since the last lap to a phase."""
+        """Counts the time since the last lap to a phase, and that since the start to "seconds"."""
         now = time.perf_counter()
+        self.seconds["seconds"] = now - self.start
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
         self.last = now
-
-
-def peak_memory_gb(device):
-    """Most memory (1e9 bytes) that this process's tensors held on its GPU since the last call; on a CPU the most that
-    the process ever held (0: not known)."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def log_metrics(accelerator, run_dir, metrics):

@@ -5,6 +5,7 @@
     python -m scripts.bench --against trl --repetitions 5 --json results/bench/trl-cpu.json
     python -m scripts.bench --variant train.batch_size=4 --variant checkout=../other-commit
     python -m scripts.bench --profile
+    python -m scripts.bench --draw results/bench/trl-cpu.json
     python -m scripts.bench --model tiny --scaling
 
 What is timed is `train.train` itself, with the options given by --set and epochs let through one at a time: it logs
@@ -342,10 +343,13 @@ def main():
     parser.add_argument("--profile", action="store_true", help="the ten costliest operations of one more epoch")
     parser.add_argument("--scaling", action="store_true", help="4 and 16 times the work, processes, memory over epochs")
     parser.add_argument("--json", help="file to write everything to")
+    parser.add_argument("--draw", metavar="FILE", help="draws a --json file, and does nothing else")
     parser.add_argument("--models_folder", default="runs/bench/models")
     parser.add_argument("--trl_folder", default="runs/bench/trl")
     args = parser.parse_args()
 
+    if args.draw:
+        return draw(args.draw)
     from ddpo import cpu_cores
 
     threads = args.threads or cpu_cores()
@@ -384,6 +388,29 @@ def main():
     )
     result |= {"matmul_flops": ceiling, "flops_per_image": flops, "rows": rows, "profiles": profiles}
     write(args.json, result)
+
+
+def draw(path):
+    """Saves, beside a --json file and under its name, a picture of it: seconds per image by part, medians."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    result = json.loads(Path(path).read_text())
+    figure, axes = plt.subplots(figsize=(7, 0.5 + 0.4 * len(result["rows"])), layout="constrained")
+    left = np.zeros(len(result["rows"]))
+    for part in ("sampling", "rewards", "training"):
+        speeds = [row[f"images_per_second_{part}"] for row in result["rows"]]
+        seconds = np.array([1 / np.median(values) if values else 0 for values in speeds])
+        axes.barh([row["name"] for row in result["rows"]], seconds, left=left, label=part)
+        left += seconds
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds per image", title=result["hardware"])
+    axes.title.set_fontsize(8)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(Path(path).with_suffix(".png"), dpi=150)
 
 
 def write(path, result):

@@ -108,7 +108,7 @@ def train(config, preset):
     if recompute and unlike:
         accelerator.print(
             "sample.batch_size and train.batch_size compose batches differently, so old log-probs are computed again, "
-            f"which takes a forward pass. Equal sizes that divide {share} spare it"
+            f"which takes a forward pass. Equal sizes that divide {share}, or 0 for both, spare it"
         )
 
     def draw_grid(epoch):

@@ -17,7 +17,7 @@ from ddpo.ddim_logprob import ddim_step_kl, ddim_step_with_logprob
 class Trajectories(NamedTuple):
     """What B prompts became in T steps. `latents[:, 0]` is pure noise, `latents[:, T]` the picture's latent."""
 
-    images: list  # B PIL images
+    images: list  # B PIL images, or none if `on_images` was given them
     latents: torch.Tensor  # (B, T + 1, C, H, W) float32, on the policy's device
     log_probs: torch.Tensor  # (B, T) float32: log p(latents[:, t + 1] | latents[:, t]), mean over dimensions
     timesteps: torch.Tensor  # (T,) the scheduler's timesteps, falling
@@ -114,7 +114,8 @@ def sample_with_logprob(
         batch_size: pictures per forward pass; 0 for all at once.
         progress: label of a progress bar, None for none.
         stop: function asked before each batch whether to give up.
-        on_images: function called with (first index, images) of each batch, as soon as they are there.
+        on_images: function called with (first index, images) of each batch, as soon as they are there; they are then
+            not kept, which for 256 pictures of 512x512 would take 0.2 GB.
     Returns:
         Trajectories, or None if `stop` said so.
     """
@@ -144,9 +145,10 @@ def sample_with_logprob(
             latents[:, step + 1] = x_t
             log_probs.append(log_prob)
             bar.update(len(batch))
-        images += decode(policy, x_t)
-        if on_images is not None:
-            on_images(start, images[start:])
+        if on_images is None:
+            images += decode(policy, x_t)
+        else:
+            on_images(start, decode(policy, x_t))
         all_log_probs.append(torch.stack(log_probs, dim=1))
     bar.close()
     return Trajectories(images, trajectories, torch.cat(all_log_probs), timesteps)

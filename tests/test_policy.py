@@ -58,6 +58,7 @@ def test_what_is_saved_gives_the_trainers_predictions(tiny, tmp_path, rank, prec
             pipe.load_lora_weights(str(tmp_path / "lora"))
         else:
             pipe.unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet", dtype=torch.float32)
+        pipe.unet.to(memory_format=torch.channels_last)  # as the trainer's is; else sums go another way round
         theirs = pipe.unet(latents, t, embeds).sample
     if precision == "fp32":
         assert torch.equal(ours, theirs)

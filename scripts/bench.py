@@ -279,31 +279,39 @@ def as_post(options):
     }  # fmt: skip
 
 
+SCALING = {  # images, steps, processes -> what it is compared with
+    (16, 2, 1): (16, 2, 1), (64, 2, 1): (16, 2, 1), (256, 2, 1): (16, 2, 1), (64, 2, 2): (64, 2, 1),
+    (16, 10, 1): (16, 10, 1), (16, 50, 1): (16, 10, 1),
+}  # fmt: skip
+
+
 def scaling_setups(command, base):
-    """Contestants that do 4 and 16 times the work, twice with other means: [(name, command, options)]."""
+    """[(name, command, options)] of SCALING: more images, with more updates of the same size; more steps; processes."""
     per_update = base["sample.images_per_epoch"] // base["train.updates_per_epoch"]
     setups = []
-    for images, steps, processes in ((16, 10, 1), (64, 10, 1), (256, 10, 1), (16, 50, 1), (64, 10, 2)):
+    for images, steps, processes in SCALING:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         own = base | {"sample.images_per_epoch": images, "train.updates_per_epoch": images // per_update}
-        own |= {"sample.num_steps": steps, "threads": max(1, base["threads"] // processes)}
+        own |= {"sample.batch_size": per_update // processes, "train.batch_size": per_update // processes}
+        own |= {"sample.num_steps": steps}
         name = f"{images} images, {steps} steps, {processes} process{'es' * (processes > 1)}"
         setups.append((name, [*launcher, *command[1:]] if processes > 1 else command, own))
     return setups
 
 
 def scaling_table(contestants):
-    """Milliseconds that a step of an image costs, sampled and trained, by the clock; relative to the first's."""
-    lines = ["| | ms a step of an image | this / first | by CPU time |", "|---|---|---|---|"]
+    """Milliseconds that a step of an image costs, sampled and trained; relative to what SCALING compares it with."""
+    lines = ["| | ms a step of an image | relative, by the clock | by CPU time |", "|---|---|---|---|"]
     cost = {}
-    for c in contestants:
-        work = c.options["sample.images_per_epoch"] * c.options["sample.num_steps"]
-        cost[c.name] = [[1e3 * e[key] / work for e in c.counted] for key in ("seconds", "cpu_seconds")]
-        first = cost[contestants[0].name]
-        ratios = [[a / b for a, b in zip(this, other)] for this, other in zip(cost[c.name], first)]
-        by_cpu = spread(ratios[1]) if "2 processes" not in c.name else "-"  # only one of them is read
-        lines.append(f"| {c.name} | {spread(cost[c.name][0])} | {spread(ratios[0])} | {by_cpu} |")
-    return "\n".join(lines), cost
+    for case, c in zip(SCALING, contestants):
+        epochs, work = c.counted, case[0] * case[1]
+        # Of several processes one is read; its CPU seconds stand for all.
+        cost[case] = [
+            [1e3 * e[key] * n / work for e in epochs] for key, n in (("seconds", 1), ("cpu_seconds", case[2]))
+        ]
+        ratios = [[a / b for a, b in zip(*both)] for both in zip(cost[case], cost[SCALING[case]])]
+        lines.append(f"| {c.name} | {spread(cost[case][0])} | {spread(ratios[0])} | {spread(ratios[1])} |")
+    return "\n".join(lines), {c.name: values for c, values in zip(contestants, cost.values())}
 
 
 def memory_over_epochs(command, base, folder, epochs=200):
@@ -341,7 +349,7 @@ def main():
     parser.add_argument("--warmup", type=int, default=1, help="epochs not counted")
     parser.add_argument("--threads", type=int, default=0, help="on a CPU; 0: all cores")
     parser.add_argument("--profile", action="store_true", help="the ten costliest operations of one more epoch")
-    parser.add_argument("--scaling", action="store_true", help="4 and 16 times the work, processes, memory over epochs")
+    parser.add_argument("--scaling", action="store_true", help="more images, steps, processes, and epochs")
     parser.add_argument("--json", help="file to write everything to")
     parser.add_argument("--draw", metavar="FILE", help="draws a --json file, and does nothing else")
     parser.add_argument("--models_folder", default="runs/bench/models")

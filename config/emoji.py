@@ -10,8 +10,8 @@
 Mean JPEG size from the first to the last round, seeds 0, 1, 2: compressibility
 2.26 to 1.64, 2.22 to 1.65, 2.21 to 1.61; incompressibility 2.26 to 2.94, 2.22 to 3.17, 2.21 to 2.83 kB.
 aesthetic: the true taste of a simulated person, which the reward has only learned from 500 choices, rises by 1.1, 1.6
-and 1.4 standard deviations in 4 rounds. alignment: 2.06 in round 1, 2.07 in round 6 (seed 0); pictures drawn right get
-2.12.
+and 1.4 standard deviations in 4 rounds. alignment (seed 0): none in 6 rounds, 2.06 before and after on the same noise;
+pictures drawn right get 2.12.
 Runs, pictures and what falls short: results/emoji/README.md and results/preferences/README.md.
 """
 

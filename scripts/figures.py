@@ -21,7 +21,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 from config.sweeps import BEST, SWEEPS  # noqa: E402
 from ddpo import InputError, choose, run_script  # noqa: E402
 
-LABELS = {"ddpo_is": "DDPO-IS", "ddpo_sf": "DDPO-SF", "rwr": "RWR", "rwr_sparse": "RWR-sparse"}
+LABELS = {
+    "ddpo_is": "DDPO-IS",
+    "ddpo_sf": "DDPO-SF",
+    "rwr": "RWR",
+    "rwr_sparse": "RWR-sparse",
+    "unweighted": "no reward",
+}
 plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 plt.rcParams["svg.hashsalt"] = "ddpo"  # the same file for the same numbers
 
@@ -59,7 +65,7 @@ def draw(jobs, best):
             (line,) = axes.plot(queries, rewards.mean(0), label=label)
             axes.fill_between(queries, rewards.min(0), rewards.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set(title=panel, xlabel="reward queries", ylabel="mean reward")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.24))
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     return figure

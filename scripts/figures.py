@@ -65,7 +65,8 @@ def draw(jobs, best):
             (line,) = axes.plot(queries, rewards.mean(0), label=label)
             axes.fill_between(queries, rewards.min(0), rewards.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set(title=panel, xlabel="reward queries", ylabel="mean reward")
-        axes.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.24))
+        if axes.lines:
+            axes.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.24))
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     return figure

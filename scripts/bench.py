@@ -167,7 +167,8 @@ def count_flops(model, options):
 
 
 def matmul_ceiling(precision, threads, size=0):
-    """Floating-point operations a second of a large square matrix product: median of 10, after 3."""
+    """Floating-point operations a second of a large square matrix product: median of 10, after 3. On a CPU a second of
+    one core."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     size = size or (8192 if device.type == "cuda" else 1536)
     if device.type == "cpu":
@@ -186,9 +187,9 @@ def matmul_ceiling(precision, threads, size=0):
             torch.cuda.synchronize()
             seconds.append(start.elapsed_time(end) / 1e3)
         else:
-            start = time.perf_counter()
+            start = time.process_time()
             a @ b
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
     return 2 * size**3 / float(np.median(seconds[3:]))
 
 
@@ -223,9 +224,8 @@ def summarise(contestant, flops, ceiling):
     row |= {key: epochs[-1][key] / images for key in ("sampled_rows", "trained_rows")}
     for part in PARTS:
         row[part.replace("seconds", "images_per_second")] = [images / e[part] for e in epochs if e.get(part)]
-    for part, count in {"": sum(flops), "_sampling": flops[0], "_training": flops[1]}.items():
-        if speeds := row["images_per_second" + part]:
-            row["ceiling_share" + part] = count * float(np.median(speeds)) / ceiling
+    speeds = row["images_per_second" if torch.cuda.is_available() else "cpu_images_per_second"]
+    row["ceiling_share"] = sum(flops) * float(np.median(speeds)) / ceiling
     return row
 
 
@@ -242,9 +242,9 @@ def table(rows):
         cells = [row["name"], *(spread(values) if values else "-" for values in speeds)]
         cells += [f"{row['ceiling_share']:.0%}", f"{row['peak_memory_gb']:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    for key in ("sampled_rows", "trained_rows"):
-        if len({row[key] for row in rows}) > 1:
-            lines.append(f"\nNot the same arithmetic: {key} of an image are {[row[key] for row in rows]}")
+    rows_seen = {row["name"]: row["sampled_rows"] + row["trained_rows"] for row in rows}
+    if len(set(rows_seen.values())) > 1:
+        lines.append(f"\nNot the same arithmetic: an image's passes through the UNet are {rows_seen}")
     return "\n".join(lines)
 
 
@@ -399,24 +399,22 @@ def main():
 
 
 def draw(path):
-    """Saves, beside a --json file and under its name, a picture of it: seconds per image by part, medians."""
+    """Saves, beside a --json file and under its name, a picture of it: images per second of a CPU core, medians, in the
+    range of the epochs; from a GPU's file, images per second of the clock."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     result = json.loads(Path(path).read_text())
-    figure, axes = plt.subplots(figsize=(7, 0.5 + 0.4 * len(result["rows"])), layout="constrained")
-    left = np.zeros(len(result["rows"]))
-    for part in ("sampling", "rewards", "training"):
-        speeds = [row[f"images_per_second_{part}"] for row in result["rows"]]
-        seconds = np.array([1 / np.median(values) if values else 0 for values in speeds])
-        axes.barh([row["name"] for row in result["rows"]], seconds, left=left, label=part)
-        left += seconds
+    on_cpu = "threads" in result["hardware"]
+    speeds = [row["cpu_images_per_second" if on_cpu else "images_per_second"] for row in result["rows"]]
+    medians = np.array([np.median(values) for values in speeds])
+    errors = [medians - [min(values) for values in speeds], [max(values) for values in speeds] - medians]
+    figure, axes = plt.subplots(figsize=(7, 0.7 + 0.35 * len(speeds)), layout="constrained")
+    axes.barh([row["name"] for row in result["rows"]], medians, xerr=errors, color="C0", ecolor="0.3")
     axes.invert_yaxis()
-    axes.set(xlabel="seconds per image", title=result["hardware"])
-    axes.title.set_fontsize(8)
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_xlabel(f"images per second{' of a CPU core' if on_cpu else ''} ({result['hardware']})")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(Path(path).with_suffix(".png"), dpi=150)
 

@@ -56,7 +56,8 @@ def train(config, preset):
         )
     targets = config.lora_targets.replace(" ", "").split(",")
     policy = load_policy(config.model, config.lora_rank, config.precision, device, targets, config.seed)
-    policy.trade(opt.gradient_checkpointing, config.compile)
+    if opt.gradient_checkpointing:
+        policy.unet.enable_gradient_checkpointing()
     prompts.check_length([prompt for prompt, _ in prompt_set], policy.pipe.tokenizer)
     policy.scheduler.set_timesteps(sample.num_steps)
     noise_shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))

@@ -35,28 +35,13 @@ class Policy:
         self.dtype = choose("precision", precision, PRECISIONS)
         self.unet, self.vae, self.scheduler = pipe.unet, pipe.vae, pipe.scheduler
         self.ema = self._base_unet = None
-        self.compiled = False
         self._embeddings = {}
 
     def forward(self, latents, timesteps, prompt_embeds):
         """The UNet's output (B, C, H, W) in float32, computed in the policy's precision. Sampling and training both
         come through here: another autocast, or train mode in one of them, would bias every importance ratio."""
-        # Compiled without gradients the network would be another program, with other roundings: none of them then.
-        with_grad = torch.is_grad_enabled()
-        with (
-            torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None),
-            torch.set_grad_enabled(with_grad or self.compiled),
-        ):
-            output = self.unet(latents, timesteps, prompt_embeds).sample.float()
-        return output if with_grad else output.detach()
-
-    def trade(self, gradient_checkpointing, compile):
-        """Gives speed for memory, or time at the start for speed: the UNet is compiled anew for each size of batch."""
-        if gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-        if compile:
-            self.unet.compile(dynamic=False)
-        self.compiled = compile
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            return self.unet(latents, timesteps, prompt_embeds).sample.float()
 
     @torch.no_grad()
     def embed(self, prompts):

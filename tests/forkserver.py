@@ -5,6 +5,7 @@ the child becomes `python SCRIPT ARGUMENTS` and ends as that would. Answers with
 computes nothing, so that nothing (threads, random state) is inherited.
 """
 
+import gc
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
 import train  # noqa: F401
 
+gc.freeze()  # a child that ends would look through all of this once more, for a second
 while line := sys.stdin.readline():
     request = json.loads(line)
     child = os.fork()

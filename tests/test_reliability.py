@@ -1,4 +1,4 @@
-"""Runs that can be trusted: the same on any batch size and number of processes, and nothing lost when stopped."""
+"""Runs that can be trusted: the same on any batch size, and nothing lost when stopped."""
 
 import json
 import os
@@ -14,42 +14,12 @@ import torch
 from conftest import ROOT, SMALL, command_line, launch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
+from test_processes import distance
 from test_train import metrics, weights
 
 import train
 from config.base import get_config
-from ddpo import prompts, rewards
-
-# A picture has 8 bits: a pixel that stands between two values may go either way, and its JPEG file with it by a byte.
-# So what must not depend on batches or processes is compared under a reward that does not look at the picture.
-BY_PROMPT = {"reward": "sabotaged", "script": "tests/saboteur.py", "env": {"SABOTAGE": "by prompt"}}
-BY_PROMPT |= {"train__learning_rate": 1e-3, "save_every": 1}
-
-
-def distance(ours, theirs):
-    """Relative norm of the difference of two lists of tensors."""
-    difference = sum((a - b).double().square().sum() for a, b in zip(ours, theirs, strict=True))
-    return float((difference / sum(b.double().square().sum() for b in theirs)).sqrt())
-
-
-def assert_same_run(one, two, epoch=2):
-    """Two LoRA runs that may differ by rounding. Adam's first steps are learning rate * sign(gradient), so a weight
-    whose gradient is as small as rounding may go either way: weights are compared by their norm, with room for some."""
-    for ours, theirs in zip(metrics(one), metrics(two), strict=True):
-        for key in {"reward_mean", "reward_std", "grad_norm", "loss", "approx_kl"} & theirs.keys():
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-7), key
-        assert ours["ratio_error"] == 0
-    a, b = weights(one, epoch), weights(two, epoch)
-    moved = [k for k in b if "lora_B" in k]  # they began as 0, so their norm is how far training went
-    assert distance([a[k] for k in moved], [b[k] for k in moved]) < 1e-3
-
-
-@pytest.fixture(scope="module")
-def alone(tiny, tmp_path_factory):
-    """One process, undisturbed."""
-    run = tmp_path_factory.mktemp("alone") / "run"
-    launch(model=tiny, run_dir=run, direct=True, **BY_PROMPT)
-    return run
+from ddpo import rewards
 
 
 # ------------------------------------------------------------------------------------------------------ memory knobs
@@ -126,94 +96,6 @@ def test_memory_knobs_change_nothing(tiny, tmp_path, monkeypatch, options):
         trained = [w.detach() - s.detach() for w, s in zip(whole["weights"], start)]
         again = [w.detach() - s.detach() for w, s in zip(run["weights"], start)]
         assert distance(again, trained) < 1e-3
-
-
-# --------------------------------------------------------------------------------------------------------- processes
-def test_four_processes_equal_one(tiny, tmp_path, alone):
-    run = tmp_path / "run"
-    launch(model=tiny, run_dir=run, processes=4, **BY_PROMPT)
-    assert_same_run(run, alone)
-
-
-def test_two_processes_save_and_one_resumes(tiny, tmp_path, alone):
-    """One epoch by two processes, the next by one; and the other way around."""
-    for first, second in ((2, 1), (1, 2)):
-        run = tmp_path / f"{first}{second}"
-        launch(model=tiny, run_dir=run, num_epochs=1, processes=first, direct=first == 1, **BY_PROMPT)
-        launch(model=tiny, resume=run, processes=second, direct=second == 1, **BY_PROMPT)
-        assert_same_run(run, alone)
-
-
-def test_rwr_sparse_with_an_average_in_two_processes(tiny, tmp_path):
-    """A few samples count, perhaps none of a process's own: one epoch by two processes, the next by one, and both by
-    one are the same."""
-    options = {**BY_PROMPT, "algorithm": "rwr_sparse", "train__keep_percentile": 80, "train__ema_decay": 0.5}
-    launch(model=tiny, run_dir=tmp_path / "one", direct=True, **options)
-    launch(model=tiny, run_dir=tmp_path / "two", num_epochs=1, processes=2, **options)
-    launch(model=tiny, resume=tmp_path / "two", direct=True, **options)
-    assert_same_run(tmp_path / "two", tmp_path / "one")
-
-
-def test_processes_started_by_torchrun(tiny, tmp_path, alone):
-    run = tmp_path / "run"
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    launch(model=tiny, run_dir=run, launcher=launcher, **BY_PROMPT)
-    assert_same_run(run, alone)
-
-
-def test_a_number_of_processes_that_cannot_be_found_out(tiny, tmp_path):
-    """accelerate launch starts one process where there is no GPU, and does not say how many were meant."""
-    (tmp_path / "accelerate.yaml").write_text("num_processes: 2\ndistributed_type: MULTI_CPU\nuse_cpu: true\n")
-    launcher = ("accelerate.commands.launch", "--quiet", "--config_file", str(tmp_path / "accelerate.yaml"))
-    result = launch(model=tiny, run_dir=tmp_path / "run", launcher=launcher, check=False)
-    assert result.returncode != 0 and "error: accelerate launch starts only one process" in result.stderr
-
-
-def test_processes_that_drift_apart_are_named(tiny, tmp_path):
-    result = launch(
-        model=tiny, run_dir=tmp_path / "run", script="tests/saboteur.py", processes=2,
-        env={"SABOTAGE": "ranks drift apart"}, check=False,
-    )  # fmt: skip
-    assert result.returncode != 0
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "before epoch 1, process(es) 1 hold other weights than process 0" in errors[0]
-
-
-@pytest.fixture
-def two_machines():
-    """Two network namespaces joined by a cable: the command prefixes that run something in either."""
-    names = [f"ddpo{os.getpid()}{side}" for side in "ab"]
-    setup = [f"ip netns add {name}" for name in names]
-    setup += [f"ip link add {names[0]} type veth peer name {names[1]}"]
-    for i, name in enumerate(names):
-        inside = f"ip netns exec {name} ip"
-        setup += [f"ip link set {name} netns {name}", f"{inside} addr add 10.77.0.{i + 1}/24 dev {name}"]
-        setup += [f"{inside} link set {name} up", f"{inside} link set lo up"]
-    try:
-        for command in setup:
-            if subprocess.run(command.split(), capture_output=True).returncode:
-                pytest.skip(f"no network namespaces here: {command}")
-        yield {name: ["ip", "netns", "exec", name] for name in names}
-    except FileNotFoundError:
-        pytest.skip("no network namespaces here: there is no ip command")
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-
-
-def test_two_machines_equal_one(tiny, tmp_path, alone, two_machines):
-    run, processes = tmp_path / "run", []
-    for rank, (interface, prefix) in enumerate(two_machines.items()):
-        launcher = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "2")
-        launcher += ("--machine_rank", str(rank), "--main_process_ip", "10.77.0.1", "--main_process_port", "29577")
-        options = {k: v for k, v in BY_PROMPT.items() if k != "env"}
-        command = command_line(model=tiny, run_dir=run, launcher=launcher, **options)
-        env = {**os.environ, **BY_PROMPT["env"], "GLOO_SOCKET_IFNAME": interface}
-        processes.append(subprocess.Popen([*prefix, *command], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    assert_same_run(run, alone)
 
 
 # --------------------------------------------------------------------------------------------- killed, stopped, full
@@ -334,19 +216,6 @@ def test_a_gradient_that_is_not_finite(tiny, tmp_path, precision):
     assert result.returncode == 1 and len(error) == 1
     assert "epoch 0, update " in error[0] and "not finite at timestep" in error[0] and "of 'a" in error[0]
     assert not (tmp_path / "run/checkpoints").exists()
-
-
-def test_a_gradient_that_is_not_finite_is_found_in_another_process(tiny, tmp_path):
-    """Process 0, whose gradients are fine, must not name a transition of its own."""
-    result = launch(
-        model=tiny, run_dir=tmp_path / "run", algorithm="not_finite", check=False, processes=2,
-        script="tests/saboteur.py", env={"SABOTAGE": "the gradient is not finite"},
-    )  # fmt: skip
-    assert result.returncode != 0
-    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    update, prompt = int(error.split("update ")[1][0]), error.split("'")[1]
-    drawn = [prompts.draw_prompt(prompts.common_animals(), 0, 0, i)[0] for i in range(8)]  # 2 updates, 2 processes
-    assert prompt in drawn[update * 4 + 2 : update * 4 + 4] and prompt not in drawn[update * 4 : update * 4 + 2]
 
 
 def test_a_ratio_that_is_off_is_warned_of(tiny, tmp_path):

@@ -22,7 +22,7 @@ def main(precision):
     config = DDPOConfig(
         mixed_precision=precision, sample_num_steps=10, sample_guidance_scale=5.0, sample_batch_size=4,
         sample_num_batches_per_epoch=1, train_batch_size=4, per_prompt_stat_tracking=False, allow_tf32=False,
-        project_kwargs={"project_dir": tempfile.mkdtemp()},
+        save_freq=10**9, project_kwargs={"project_dir": tempfile.mkdtemp()},
     )  # fmt: skip
     rewards = torch.arange(4.0)
     pipeline = DefaultDDPOStableDiffusionPipeline("models/emoji", use_lora=True)

@@ -90,8 +90,7 @@ def get_config():
 # What may differ in a resumed run without changing what is computed (memory knobs: beyond rounding).
 NO_EFFECT = (
     "run_dir", "resume", "num_epochs", "stop_reward", "tracker", "save_every", "keep_checkpoints", "grid_every",
-    "grid_images", "threads", "reward_timeout", "sample.batch_size", "train.batch_size",
-    "train.gradient_checkpointing",
+    "grid_images", "threads", "reward_timeout", "sample.batch_size", "train.batch_size", "train.gradient_checkpointing",
 )  # fmt: skip
 
 

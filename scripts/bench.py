@@ -34,6 +34,8 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from scripts.provenance import commit, processor
+
 ROOT = Path(__file__).parent.parent
 MODELS = ("emoji", "tiny", "sd15", "sd21")
 PARTS = ("seconds_sampling", "seconds_rewards", "seconds_training", "seconds", "cpu_seconds")
@@ -195,20 +197,8 @@ def matmul_ceiling(precision, threads, size=0):
 
 def hardware(threads):
     """One line: what it ran on."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    with open("/proc/cpuinfo") as f:
-        name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), "unknown CPU")
-    return f"{name}, {threads} threads, torch {torch.__version__}"
-
-
-def commit():
-    """The commit of this checkout, with + if files differ from it."""
-
-    def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    on_gpu = torch.cuda.is_available()
+    return f"{processor()}, {'' if on_gpu else f'{threads} threads, '}torch {torch.__version__}"
 
 
 # ------------------------------------------------------------------------------------------------------------ reports

@@ -8,7 +8,6 @@ rate was chosen is drawn at the best one; the last two rounds' mean reward of ev
 
 import argparse
 import glob
-import json
 import os
 import re
 
@@ -20,6 +19,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from config.sweeps import BEST, SWEEPS  # noqa: E402
 from ddpo import InputError, choose, run_script  # noqa: E402
+from scripts.plot import plot_band, read_metrics  # noqa: E402
 
 LABELS = {
     "ddpo_is": "DDPO-IS",
@@ -39,10 +39,8 @@ def read_jobs(folder):
     for path in sorted(glob.glob(os.path.join(folder, "*", "job.json"))):
         run = os.path.dirname(path)
         panel, curve, rate, seed = re.fullmatch(r"([^-]+)-(.+)-lr(.+)-seed(\d+)", os.path.basename(run)).groups()
-        with open(os.path.join(run, "metrics.jsonl")) as f:
-            lines = [json.loads(line) for line in f]
-        queries, rewards = ([line[key] for line in lines] for key in ("reward_queries", "reward_mean"))
-        jobs.append((panel, curve, float(rate), int(seed), np.array(queries), np.array(rewards)))
+        metrics = read_metrics(run)
+        jobs.append((panel, curve, float(rate), int(seed), metrics["reward_queries"], metrics["reward_mean"]))
     if not jobs:
         raise InputError(f"{folder} has no finished job: run python -m scripts.sweep {os.path.basename(folder)}")
     return jobs
@@ -61,9 +59,7 @@ def draw(jobs, best):
             if not mine:
                 continue
             queries, rewards = mine[0][4], np.stack([job[5] for job in mine])
-            label = f"{LABELS.get(curve, curve)} ({len(mine)} seed{'s' * (len(mine) > 1)})"
-            (line,) = axes.plot(queries, rewards.mean(0), label=label)
-            axes.fill_between(queries, rewards.min(0), rewards.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+            plot_band(axes, queries, rewards, LABELS.get(curve, curve))
         axes.set(title=panel, xlabel="reward queries", ylabel="mean reward")
         if axes.lines:
             axes.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.24))

@@ -16,7 +16,6 @@ import random
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -27,6 +26,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from scripts.make_random_model import make_random_model
+from scripts.provenance import commit
 
 PHASES = {  # the function of our code that the main thread is in -> the phase
     "sample_with_logprob": "sampling", "compute_rewards": "reward", "log_prob_of": "update",
@@ -163,10 +163,9 @@ def main():
         differing += [f"run {number}: {key}" for key in expected if not same(expected[key], found[key])]
         number += 1
     bar.close()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
         "kills": killed, "runs": number, "killed_in": dict(phases), "differing": differing,
-        "seed": args.seed, "seconds": round(time.time() - start), "commit": commit,
+        "seed": args.seed, "seconds": round(time.time() - start), "commit": commit(),
     }  # fmt: skip
     print(json.dumps(result, indent=1))
     if args.output:

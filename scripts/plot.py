@@ -29,6 +29,13 @@ def read_metrics(run):
         raise InputError(f"{run!r} is not a run with a finished round: no lines in its metrics.jsonl") from error
 
 
+def plot_band(axes, x, y, name):
+    """Draws the mean of y (seeds, points) in a band from the lowest to the highest; returns its colour."""
+    (line,) = axes.plot(x, y.mean(0), label=f"{name} ({len(y)} seed{'s' * (len(y) > 1)})")
+    axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+    return line.get_color()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+")
@@ -46,10 +53,9 @@ def main():
     for name, curves in groups.items():
         length = min(len(y) for _, y in curves)  # beyond it there is no mean: a run that went on is drawn by itself
         x, y = curves[0][0][:length], np.stack([y[:length] for _, y in curves])
-        (line,) = axes.plot(x, y.mean(0), label=f"{name} ({len(curves)} seed{'s' * (len(curves) > 1)})")
-        axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+        color = plot_band(axes, x, y, name)
         for queries, values in curves:
-            axes.plot(queries[length - 1 :], values[length - 1 :], color=line.get_color(), linewidth=0.8, alpha=0.6)
+            axes.plot(queries[length - 1 :], values[length - 1 :], color=color, linewidth=0.8, alpha=0.6)
     axes.set_xlabel("reward queries")
     axes.set_ylabel({"jpeg_kb": "JPEG size (kB)"}.get(args.key, args.key))
     axes.legend(frameon=False)

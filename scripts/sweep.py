@@ -11,7 +11,6 @@ it was when it is started again: a job that had begun resumes from its last chec
 import argparse
 import json
 import os
-import platform
 import shlex
 import shutil
 import signal
@@ -25,27 +24,8 @@ import torch
 from config.sweeps import SWEEPS
 from ddpo import InputError, choose, run_script
 from ddpo.tracking import list_checkpoints
-
-
-def hardware():
-    """One line: the GPU, or the CPU's name and its cores."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        with open("/proc/cpuinfo") as f:
-            name = next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def commit():
-    """The commit that is checked out, with "+" if files of the code differ from it."""
-
-    def git(*arguments):
-        return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--short", "train.py", "ddpo", "config"))
+from scripts.plot import read_metrics
+from scripts.provenance import commit, processor
 
 
 def train_command(options, threads):
@@ -72,14 +52,13 @@ def start(run_dir, options, threads):
 
 def collect(run_dir, folder, job):
     """Copies what the figures need from a finished run to results/, job.json last: it marks the job as done. Returns
-    the lines of metrics.jsonl."""
+    its metrics."""
     os.makedirs(folder, exist_ok=True)
     grids = sorted(os.listdir(os.path.join(run_dir, "images")))
     for name in ("config.json", "metrics.jsonl", os.path.join("images", grids[-1])):
         shutil.copy(os.path.join(run_dir, name), folder)
-    with open(os.path.join(folder, "metrics.jsonl")) as f:
-        metrics = [json.loads(line) for line in f]
-    job["seconds"] = round(sum(line["seconds"] for line in metrics), 1)
+    metrics = read_metrics(folder)
+    job["seconds"] = round(float(metrics["seconds"].sum()), 1)
     with open(os.path.join(folder, "job.json"), "w") as f:
         json.dump(job, f, indent=1)
     return metrics
@@ -101,7 +80,8 @@ def main():
     waiting = [job for job in jobs if not os.path.exists(os.path.join(results[job], "job.json"))]
     done, failed, running, seconds = len(jobs) - len(waiting), [], {}, []
     print(f"{args.name}: {len(jobs)} jobs, {done} of them done", flush=True)
-    machine = {"commit": commit(), "hardware": hardware(), "threads": args.threads}
+    cores = "" if torch.cuda.is_available() else f", {os.cpu_count()} cores"
+    machine = {"commit": commit("train.py", "ddpo", "config"), "hardware": processor() + cores, "threads": args.threads}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
@@ -123,8 +103,8 @@ def main():
                 seconds.append(time.time() - since)
                 left = sum(seconds) / len(seconds) * (len(waiting) + len(running)) / args.jobs
                 print(
-                    f"[{done}/{len(jobs)}] {job}: {seconds[-1]:.0f} s, reward {metrics[0]['reward_mean']:.3f} to "
-                    f"{metrics[-1]['reward_mean']:.3f}; about {timedelta(seconds=round(left))} left",
+                    f"[{done}/{len(jobs)}] {job}: {seconds[-1]:.0f} s, reward {metrics['reward_mean'][0]:.3f} to "
+                    f"{metrics['reward_mean'][-1]:.3f}; about {timedelta(seconds=round(left))} left",
                     flush=True,
                 )
     except KeyboardInterrupt:

@@ -90,23 +90,23 @@ def worker(options):
 
 
 class Contestant:
-    """A process that trains for an epoch whenever asked."""
+    """A process that trains for an epoch whenever asked. It starts when first asked: no two ever run at a time."""
 
     def __init__(self, name, command, options):
-        self.name, self.options, self.epochs = name, options, []
+        self.name, self.command, self.options, self.epochs = name, command, options, []
         self.log = tempfile.TemporaryFile("w+")
-        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-        self.process = subprocess.Popen(
-            [*command, json.dumps(options)], text=True, cwd=ROOT, env=environment, stderr=self.log,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        self.started = False
+        self.process = None
 
     def epoch(self):
         """Lets it train for one epoch; returns its metrics."""
-        if self.started:
+        if self.process is None:
+            environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+            self.process = subprocess.Popen(
+                [*self.command, json.dumps(self.options)], text=True, cwd=ROOT, env=environment, stderr=self.log,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            )  # fmt: skip
+        else:
             print(file=self.process.stdin, flush=True)
-        self.started = True
         for line in self.process.stdout:
             if line.startswith("{"):
                 self.epochs.append(json.loads(line))

@@ -25,6 +25,7 @@ from config.base import check
 from ddpo import InputError, choose, cli, guards, prompts, rewards, use_cpu
 from ddpo.checkpoint import load_checkpoint, save_checkpoint, truncate_metrics
 from ddpo.ddim_logprob import step_stds
+from ddpo.evaluation import load_evaluation, split_prompts
 from ddpo.losses import ALGORITHMS, TIMESTEPS
 from ddpo.memory import fit_batch_sizes, peak_memory_gb
 from ddpo.pipeline_logprob import draw_noise, sample_log_prob, sample_with_logprob, step_log_prob
@@ -43,8 +44,8 @@ def train(config, preset):
     accelerator = Accelerator(log_with=config.tracker or None, project_dir=run_dir)
     rank, processes = accelerator.process_index, accelerator.num_processes
     sample, opt = config.sample, config.train
-    prompt_set = prompts.get_prompts(config.prompts)
-    reward_fn = rewards.get_reward(config.reward, accelerator.device, config.reward_options, prompt_set)
+    prompt_set, held_out = split_prompts(prompts.get_prompts(config.prompts), config.held_out)
+    reward_fn = rewards.get_reward(config.reward, accelerator.device, config.reward_options, prompt_set + held_out)
     weigh, algorithm, likelihood = choose("algorithm", config.algorithm, ALGORITHMS)
     advantage = choose("advantage", config.advantage, ADVANTAGES)
     choose_steps = choose("timestep choice", opt.timestep_choice, TIMESTEPS)
@@ -61,6 +62,8 @@ def train(config, preset):
     prompts.check_length([prompt for prompt, _ in prompt_set], policy.pipe.tokenizer)
     policy.scheduler.set_timesteps(sample.num_steps)
     noise_shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))
+
+    evaluate = load_evaluation(config, policy, reward_fn, prompt_set, held_out) if config.evaluate.every else None
 
     policy.keep(base=opt.kl_weight > 0, ema_decay=opt.ema_decay)
     parameters = policy.trainable_parameters()
@@ -123,10 +126,19 @@ def train(config, preset):
                 ).images  # fmt: skip
             image_grid(pictures, texts).save(os.path.join(run_dir, "images", f"epoch_{epoch:04d}.png"))
 
+    def log_evaluation(epoch):
+        """Fixed prompts and noise again, measured; all processes share the work."""
+        with policy.averaged():
+            measured = evaluate()
+        if accelerator.is_main_process:
+            log_metrics(accelerator, run_dir, {"epoch": epoch, **measured}, "evaluation")
+
     scorer = ThreadPoolExecutor(1)
     interrupt = guards.Interrupt()
     if first_epoch == 0:
         draw_grid(0)
+        if evaluate:
+            log_evaluation(0)
     epochs = tqdm(range(first_epoch, config.num_epochs), "epochs", config.num_epochs, initial=first_epoch,
                   unit="epoch", disable=not accelerator.is_main_process)  # fmt: skip
     for epoch in epochs:
@@ -278,6 +290,8 @@ def train(config, preset):
                 tqdm.write(guards.RATIO_WARNING.format(metrics["ratio_error"], opt.clip_range))
         if last or (config.grid_every and (epoch + 1) % config.grid_every == 0):
             draw_grid(epoch + 1)
+        if evaluate and (last or (epoch + 1) % config.evaluate.every == 0):
+            log_evaluation(epoch + 1)
         if accelerator.is_main_process and (last or (epoch + 1) % config.save_every == 0):
             save_checkpoint(run_dir, epoch + 1, policy, optimizer, scaler, tracker, config.keep_checkpoints)
         accelerator.wait_for_everyone()

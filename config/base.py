@@ -35,6 +35,7 @@ def get_config():
     config.reward = "jpeg_compressibility"  # of ddpo/rewards.py: NAME, NAME:MODEL, or "pickscore + 0.1*hpsv2"
     config.reward_timeout = 0.0  # seconds that scoring sample.batch_size pictures may take; 0: no limit
     config.prompts = "imagenet_animals"  # a function of ddpo/prompts.py, or a text file with one prompt a line
+    config.held_out = 0.0  # share of the prompts that is kept from training, to be evaluated on
 
     config.sample = sample = ConfigDict()
     sample.images_per_epoch = 256  # reward queries a round, over all processes
@@ -84,6 +85,15 @@ def get_config():
     train.kl_weight = 0.0  # of each step's KL from the base model, added to the loss (DPOK); a second forward pass
     train.sigma_weighting = False  # log-ratio * sigma_t / its mean: steps with little noise would else be clipped first
     train.ema_decay = 0.0  # of the moving average of the weights that is drawn and saved; 0: the weights themselves
+
+    config.evaluate = evaluate = ConfigDict()  # see ddpo/evaluation.py; it changes nothing in training
+    evaluate.every = 0  # epochs between evaluations, which go to RUN/evaluation.jsonl; 0: none
+    evaluate.rewards = ""  # beside the run's own, comma-separated: what it is not trained on
+    evaluate.prompts = ""  # prompt set that is evaluated as held out; empty: what config.held_out keeps from training
+    evaluate.limit = 30  # prompts at most, of those trained on and of those held out
+    evaluate.count = 2  # pictures per prompt, with the sampler's noise and again without
+    evaluate.clip = ""  # CLIP model whose embeddings diversity is measured by; empty: none
+    evaluate.classifier = ""  # folder of an image classifier that is to name the prompt's animal; empty: none
     return config.lock()  # a preset that misspells a key fails
 
 
@@ -91,6 +101,7 @@ def get_config():
 NO_EFFECT = (
     "run_dir", "resume", "num_epochs", "stop_reward", "tracker", "save_every", "keep_checkpoints", "grid_every",
     "grid_images", "threads", "reward_timeout", "sample.batch_size", "train.batch_size", "train.gradient_checkpointing",
+    *(f"evaluate.{key}" for key in ("every", "rewards", "prompts", "limit", "count", "clip", "classifier")),
 )  # fmt: skip
 
 
@@ -108,6 +119,8 @@ def check(config, processes=1):
         ("stats.buffer_size", config.stats.buffer_size, 1), ("stats.min_count", config.stats.min_count, 1),
         ("stats.max_age", config.stats.max_age, 0), ("train.updates_per_epoch", train.updates_per_epoch, 1),
         ("train.inner_epochs", train.inner_epochs, 1), ("train.batch_size", train.batch_size, 0),
+        ("evaluate.every", config.evaluate.every, 0), ("evaluate.limit", config.evaluate.limit, 1),
+        ("evaluate.count", config.evaluate.count, 2 if config.evaluate.clip else 1),
     ):  # fmt: skip
         if value < lowest:
             raise InputError(f"{name} = {value} must be at least {lowest}")
@@ -115,6 +128,7 @@ def check(config, processes=1):
         ("train.inverse_temperature", train.inverse_temperature, math.inf),
         ("train.kl_weight", train.kl_weight, math.inf), ("train.keep_percentile", train.keep_percentile, 100),
         ("train.prompt_dropout", train.prompt_dropout, 1), ("train.ema_decay", train.ema_decay, 1),
+        ("held_out", config.held_out, 1),
     ):  # fmt: skip
         if not 0 <= value <= highest:
             raise InputError(f"{name} = {value} must be at least 0" + (f", at most {highest}" if highest < 101 else ""))

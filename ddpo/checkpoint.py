@@ -93,12 +93,13 @@ def load_checkpoint(run_dir, policy, optimizer, scaler, tracker):
 
 
 def truncate_metrics(run_dir, epoch):
-    """Drops the lines of metrics.jsonl from `epoch` on, which a resumed run writes again, and a line cut short."""
-    path = os.path.join(run_dir, "metrics.jsonl")
-    if not os.path.exists(path):
-        return
-    with open(path) as f:
-        kept = [line for line in f if line.endswith("\n") and json.loads(line)["epoch"] < epoch]
-    with open(path + ".tmp", "w") as f:
-        f.writelines(kept)
-    os.replace(path + ".tmp", path)
+    """Drops what a run that resumes after `epoch` epochs writes again: the lines of metrics.jsonl from `epoch` on,
+    those of evaluation.jsonl beyond it (each is made after so many epochs), and lines cut short."""
+    for name, first_dropped in (("metrics", epoch), ("evaluation", epoch and epoch + 1)):
+        path = os.path.join(run_dir, f"{name}.jsonl")
+        if os.path.exists(path):
+            with open(path) as f:
+                kept = [line for line in f if line.endswith("\n") and json.loads(line)["epoch"] < first_dropped]
+            with open(path + ".tmp", "w") as f:
+                f.writelines(kept)
+            os.replace(path + ".tmp", path)

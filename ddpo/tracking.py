@@ -1,4 +1,5 @@
-"""What a run leaves behind: RUN/config.json, metrics.jsonl and images/, always; wandb or TensorBoard by an option."""
+"""What a run leaves behind: RUN/config.json, metrics.jsonl and images/, always; evaluation.jsonl
+and wandb or TensorBoard by options."""
 
 import json
 import os
@@ -96,16 +97,18 @@ class Stopwatch:
         self.last = now
 
 
-def log_metrics(accelerator, run_dir, metrics):
-    """Appends one line to metrics.jsonl, and sends it to the tracker."""
-    with open(os.path.join(run_dir, "metrics.jsonl"), "a") as f:
+def log_metrics(accelerator, run_dir, metrics, name="metrics"):
+    """Appends one line to RUN/NAME.jsonl, and sends its numbers to the tracker."""
+    with open(os.path.join(run_dir, f"{name}.jsonl"), "a") as f:
         f.write(json.dumps(metrics) + "\n")
         f.flush()
         os.fsync(f.fileno())
     if not accelerator.trackers:
         return
+    prefix = "" if name == "metrics" else f"{name}/"
+    numbers = {prefix + k: v for k, v in flatten(metrics).items() if k != "epoch" and ".by_prompt." not in k}
     try:
-        accelerator.log({k: v for k, v in metrics.items() if k != "epoch"}, step=metrics["epoch"])
+        accelerator.log(numbers, step=metrics["epoch"])
     except Exception as error:
         _give_up_tracker(accelerator, "the tracker", error)
 

@@ -25,10 +25,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddpo import InputError, prompts, rewards, run_script
+from ddpo.evaluation import named_animals
 from ddpo.reward_model import rank_correlation
 from ddpo.tracking import image_grid
 from scripts.annotate import read_pairs, shown
-from scripts.evaluate import named_animals
 from scripts.sample import base_and_finetuned, open_run
 
 matplotlib.use("Agg")

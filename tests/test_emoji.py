@@ -9,9 +9,9 @@ from conftest import ROOT
 from transformers import CLIPModel, CLIPProcessor
 
 from ddpo import emoji, prompts
+from ddpo.evaluation import named_animals
 from ddpo.pipeline_logprob import sample_with_logprob
 from ddpo.policy import load_policy
-from scripts.evaluate import choose_held_out, diversity, named_animals
 
 MODEL = str(ROOT / "models/emoji")
 
@@ -87,17 +87,3 @@ def test_the_embedded_clip_agrees(drawn):
 def test_the_embedded_models_are_small():
     size = sum(os.path.getsize(os.path.join(d, f)) for d, _, files in os.walk(ROOT / "models") for f in files)
     assert size < 12e6
-
-
-def test_diversity_is_the_mean_distance_over_all_pairs():
-    e = torch.nn.functional.normalize(torch.randn(4 * 3, 8), dim=-1)  # 4 pictures of each of 3 prompts
-    pairs = [1 - float(e[i] @ e[j]) for i in range(12) for j in range(i) if i % 3 == j % 3]
-    assert diversity(e, 4) == pytest.approx(np.mean(pairs), abs=1e-6)
-    assert diversity(e[:3].repeat(4, 1), 4) == pytest.approx(0, abs=1e-6)
-
-
-def test_held_out_prompts_have_not_been_seen():
-    seen = choose_held_out("animal_activities", 40, [])
-    held_out = choose_held_out("animal_activities", 135, seen)
-    assert len(seen) == 40 and len(held_out) == 95 and not {p for p, _ in seen} & {p for p, _ in held_out}
-    assert seen == choose_held_out("animal_activities", 40, [])

@@ -1,0 +1,137 @@
+"""Measures a policy on fixed prompts and noise: every few epochs of a run (config.evaluate), and after it by
+`python -m scripts.evaluate`. Prompts: those trained on and those held out. Sampling: with the sampler's noise, as in
+training, and without ("deterministic", eta 0). Judges: the run's own reward, and others that it was not trained on,
+which is where overoptimisation shows."""
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import AutoModelForImageClassification
+
+from ddpo import InputError, prompts, rewards
+from ddpo.clip import embed_images, load_clip, not_found
+from ddpo.pipeline_logprob import draw_noise, sample_with_logprob
+
+EVALUATION = 2**31 + 1  # the "epoch" whose noise is used, with seed 0 in every run: runs compare on the same noise
+
+
+def split_prompts(prompt_set, held_out):
+    """(pairs to train on, pairs held out): the latter a share `held_out` of a list of (prompt, metadata) pairs, chosen
+    at random, but the same ones whatever the run's seed. Raises InputError if nothing is left to train on."""
+    count = round(held_out * len(prompt_set))
+    if count == len(prompt_set):
+        raise InputError(f"held_out = {held_out} of {len(prompt_set)} prompts leaves none to train on")
+    chosen = set(np.random.default_rng(0).permutation(len(prompt_set))[:count].tolist())
+    return [p for i, p in enumerate(prompt_set) if i not in chosen], [prompt_set[i] for i in sorted(chosen)]
+
+
+def choose_prompts(pairs, limit, seen=()):
+    """At most `limit` of some (prompt, metadata) pairs, always the same ones, in their order, none of them among the
+    pairs `seen`."""
+    prompts_seen = {prompt for prompt, _ in seen}
+    pairs = [pair for pair in pairs if pair[0] not in prompts_seen]
+    return [pairs[i] for i in sorted(np.random.default_rng(0).permutation(len(pairs))[:limit].tolist())]
+
+
+@torch.no_grad()
+def named_animals(images, folder):
+    """The label that the image classifier in `folder` gives each of B PIL images, or InputError if there is none."""
+    try:
+        classifier = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        raise not_found(folder, error) from error
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float()
+    labels = torch.cat([classifier(batch / 127.5 - 1).logits.argmax(1) for batch in pixels.split(64)])
+    return [classifier.config.id2label[label] for label in labels.tolist()]
+
+
+def diversity(embeddings, count):
+    """Mean cosine distance between two of the `count` pictures of the same prompt, whose unit embeddings (count * P, D)
+    are in the order of P prompts, `count` times. With s the sum over a prompt's pictures, the mean cosine is
+    (|s|^2 - count) / (count^2 - count)."""
+    sums = embeddings.reshape(count, -1, embeddings.shape[-1]).sum(0)
+    return float(1 - ((sums**2).sum(-1) - count).mean() / (count**2 - count))
+
+
+def score(images, pairs, judges, clip, classifier):
+    """{name: (B,) values} of B pictures of B (prompt, metadata) pairs, and their "embedding" (B, D)."""
+    texts, metadata = map(list, zip(*pairs))
+    values = {}
+    for name, judge in judges.items():
+        own, info = rewards.compute_rewards(judge, images, texts, metadata)
+        values |= {name: own, **info}
+    if clip:
+        values["embedding"] = embed_images(clip, images).cpu().numpy()
+    if classifier:
+        animals = [m.get("animal", text.split()[-1]) for text, m in pairs]
+        named = named_animals(images, classifier)
+        values["classifier_accuracy"] = np.array([a == b for a, b in zip(named, animals)], dtype=np.float32)
+    return values
+
+
+def evaluate(policy, sets, count, judges, sample, clip=None, classifier="", seed=0):
+    """Draws `count` pictures of each prompt and measures them; the processes share the work.
+
+    Args:
+        policy: its scheduler set to sample.num_steps timesteps.
+        sets: {"seen": (prompt, metadata) pairs, "held_out": pairs}.
+        judges: {name: reward}, the run's own first, as "reward_mean".
+        sample: a config's `sample`.
+        clip: what `load_clip` returns, whose embeddings diversity is measured by. classifier: folder of an image
+            classifier that is to name the prompt's animal. Either may be missing.
+        seed: of the noise.
+    Returns:
+        {"seen, stochastic": {name: mean, "diversity": ..., "by_prompt": {prompt: mean reward}}, ...} and {"seen,
+        stochastic": PIL images of this process's first pictures, ...}.
+    """
+    state = PartialState()
+    shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))
+    result, shown = {}, {}
+    for sampling, eta in (("stochastic", sample.eta), ("deterministic", 0.0)):
+        first = 0  # index of a set's first noise
+        for kind, pairs in sets.items():
+            drawn = pairs * count
+            mine = np.array_split(np.arange(len(drawn)), state.num_processes)[state.process_index].tolist()
+            scored = []
+            if mine:
+                images = sample_with_logprob(
+                    policy, [drawn[i][0] for i in mine], lambda k: draw_noise(shape, seed, EVALUATION, first + mine[k]),
+                    sample.guidance_scale, eta, sample.batch_size,
+                    progress=f"evaluation: {kind}, {sampling}" if state.is_main_process else None,
+                ).images  # fmt: skip
+                scored = [score(images, [drawn[i] for i in mine], judges, clip, classifier)]
+                shown[f"{kind}, {sampling}"] = images[:8]
+            first += len(drawn)
+            parts = gather_object(scored)
+            values = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+            embeddings = values.pop("embedding", None)
+            measured = {key: float(value.mean()) for key, value in values.items()}
+            if embeddings is not None and count > 1:
+                measured["diversity"] = diversity(embeddings, count)
+            by_prompt = values[next(iter(judges))].reshape(count, len(pairs)).mean(0).tolist()
+            measured["by_prompt"] = dict(zip([prompt for prompt, _ in pairs], by_prompt))
+            result[f"{kind}, {sampling}"] = measured
+    return result, shown
+
+
+def load_evaluation(config, policy, reward_fn, trained_on, held_out):
+    """A function without arguments that evaluates the policy as it is, by a run's config.evaluate.
+
+    Args:
+        reward_fn: the run's own reward. trained_on, held_out: the run's (prompt, metadata) pairs.
+    """
+    options, device = config.evaluate, policy.device
+    others = prompts.get_prompts(options.prompts) if options.prompts else held_out
+    sets = {
+        "seen": choose_prompts(trained_on, options.limit),
+        "held_out": choose_prompts(others, options.limit, trained_on),
+    }
+    sets = {kind: pairs for kind, pairs in sets.items() if pairs}
+    everything = [pair for pairs in sets.values() for pair in pairs]
+    prompts.check_length([prompt for prompt, _ in everything], policy.pipe.tokenizer)
+    names = [name for name in options.rewards.replace(" ", "").split(",") if name]
+    judges = {"reward_mean": reward_fn}
+    judges |= {name: rewards.get_reward(name, device, config.reward_options, everything) for name in names}
+    clip = load_clip(options.clip, device) if options.clip else None
+    return lambda: evaluate(policy, sets, options.count, judges, config.sample, clip, options.classifier)[0]

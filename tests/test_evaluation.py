@@ -1,0 +1,124 @@
+"""Evaluation, in a run and after it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, launch, make_clip
+from test_train import metrics
+
+from ddpo import InputError, prompts
+from ddpo.evaluation import choose_prompts, diversity, split_prompts
+
+EVERY = {
+    "held_out": 0.4, "evaluate__every": 1, "evaluate__limit": 3, "evaluate__rewards": "jpeg_incompressibility",
+    "evaluate__classifier": "", "train__learning_rate": 0.1,
+}  # fmt: skip
+
+
+def evaluations(run):
+    return [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return str(make_clip(tmp_path_factory.mktemp("clip"), projection_dim=16))
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny, clip, tmp_path_factory):
+    """A run of two epochs that is evaluated before and after each."""
+    run = tmp_path_factory.mktemp("evaluated") / "run"
+    launch(model=tiny, run_dir=run, direct=True, evaluate__clip=clip, **EVERY)
+    return run
+
+
+def test_diversity_is_the_mean_distance_over_all_pairs():
+    e = torch.nn.functional.normalize(torch.randn(4 * 3, 8), dim=-1)  # 4 pictures of each of 3 prompts
+    pairs = [1 - float(e[i] @ e[j]) for i in range(12) for j in range(i) if i % 3 == j % 3]
+    assert diversity(e.numpy(), 4) == pytest.approx(np.mean(pairs), abs=1e-6)
+    assert diversity(e[:3].repeat(4, 1).numpy(), 4) == pytest.approx(0, abs=1e-6)
+
+
+def test_held_out_prompts_are_the_others():
+    pairs = prompts.animal_activities()
+    trained_on, held_out = split_prompts(pairs, 0.3)
+    assert len(held_out) == 40 and sorted(p for p, _ in trained_on + held_out) == sorted(p for p, _ in pairs)
+    assert (trained_on, held_out) == split_prompts(pairs, 0.3)
+    assert split_prompts(pairs, 0) == (pairs, [])
+    with pytest.raises(InputError, match="held_out = 0.999 of 135 prompts leaves none"):
+        split_prompts(pairs, 0.999)
+    others = choose_prompts(pairs, 10, seen=trained_on)
+    assert len(others) == 10 and all(pair in held_out for pair in others)
+
+
+def test_a_run_is_evaluated_as_the_script_evaluates_it(evaluated, clip):
+    """Of the three evaluations the first is the base model's and the last the finetuned one's: so says the script too,
+    which reads the checkpoint."""
+    lines = evaluations(evaluated)
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    command = ["--run", evaluated, "--limit", 3, "--count", 2, "--rewards", "jpeg_incompressibility", "--clip", clip]
+    command = [sys.executable, "-m", "scripts.evaluate", *map(str, command), "--classifier", ""]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    script = json.loads((evaluated / "evaluation.json").read_text())
+    for line, name in ((lines[0], "base"), (lines[-1], "finetuned")):
+        sections = line.keys() - {"epoch"}
+        assert sections == {f"{k}, {s}" for k in ("seen", "held_out") for s in ("stochastic", "deterministic")}
+        for section in sections:
+            ours, theirs = line[section], script[section][name]
+            assert ours.keys() == theirs.keys() >= {"reward_mean", "jpeg_incompressibility", "diversity", "by_prompt"}
+            for key in ours.keys() - {"by_prompt"}:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4), (section, key)
+            assert ours["reward_mean"] == pytest.approx(-ours["jpeg_incompressibility"], rel=1e-6)
+            assert np.mean(list(ours["by_prompt"].values())) == pytest.approx(ours["reward_mean"], rel=1e-5)
+    first, last = (line["seen, stochastic"]["reward_mean"] for line in (lines[0], lines[-1]))
+    assert first != last != lines[-1]["seen, deterministic"]["reward_mean"]
+
+
+def test_evaluation_changes_nothing_and_held_out_prompts_are_not_trained_on(tiny, tmp_path, evaluated):
+    """The same run without evaluation, and its prompts from a file of those that are left: the same numbers."""
+    launch(model=tiny, run_dir=tmp_path / "plain", direct=True, train__learning_rate=0.1, held_out=0.4)
+    left, held_out = split_prompts(prompts.common_animals(), 0.4)
+    (tmp_path / "left.txt").write_text("\n".join(prompt for prompt, _ in left))
+    launch(model=tiny, run_dir=tmp_path / "file", direct=True, train__learning_rate=0.1, prompts=tmp_path / "left.txt")
+    assert metrics(tmp_path / "plain") == metrics(tmp_path / "file") == metrics(evaluated)
+    for line in evaluations(evaluated):
+        assert line["held_out, stochastic"]["by_prompt"].keys() <= {prompt for prompt, _ in held_out}
+        assert line["seen, stochastic"]["by_prompt"].keys() <= {prompt for prompt, _ in left}
+
+
+def test_a_resumed_run_in_two_processes_evaluates_the_same(tiny, clip, tmp_path, evaluated):
+    """An epoch by two processes, which share the pictures; a line that a kill cut short; the rest by one."""
+    run = tmp_path / "run"
+    launch(model=tiny, run_dir=run, num_epochs=1, processes=2, evaluate__clip=clip, **EVERY)
+    with open(run / "evaluation.jsonl", "a") as f:
+        f.write(json.dumps({"epoch": 2}) + "\n" + '{"epoch": 3, "se')
+    launch(model=tiny, resume=run, direct=True, evaluate__clip=clip, **EVERY)
+    lines = evaluations(run)
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    for line, alone in zip(lines, evaluations(evaluated)):
+        for section in line.keys() - {"epoch"}:
+            for key in line[section].keys() - {"by_prompt"}:
+                assert line[section][key] == pytest.approx(alone[section][key], rel=1e-3), (section, key)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"held_out": 1.0}, "held_out = 1.0 of 45 prompts leaves none to train on"),
+        ({"held_out": -0.1}, "held_out = -0.1 must be at least 0, at most 1"),
+        ({"evaluate__every": 1, "evaluate__rewards": "jpeg_compresibility"}, "jpeg_compressibility"),
+        (
+            {"evaluate__every": 1, "evaluate__clip": "models/emoji/clip", "evaluate__count": 1},
+            "evaluate.count = 1 must",
+        ),
+        ({"evaluate__every": 1, "evaluate__classifier": "no/such/folder"}, "no/such/folder"),
+    ],
+)
+def test_mistakes(tiny, tmp_path, options, message):
+    result = launch(model=tiny, run_dir=tmp_path / "run", direct=True, check=False, **options)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode != 0 and len(errors) == 1 and message in errors[0]

@@ -4,6 +4,7 @@
     python -m scripts.bench --model sd15 --precision bf16 --set sample.images_per_epoch=64 sample.num_steps=50
     python -m scripts.bench --against trl --repetitions 5 --json results/bench/trl-cpu.json
     python -m scripts.bench --variant train.batch_size=4 --variant checkout=../other-commit
+    python -m scripts.bench --variant processes=2 threads=1 sample.batch_size=4 train.batch_size=4
     python -m scripts.bench --profile
     python -m scripts.bench --draw results/bench/trl-cpu.json
     python -m scripts.bench --model tiny --scaling
@@ -50,7 +51,7 @@ DEFAULTS = {  # the comparison's: 4 batches of 8 images, 10 steps, guidance, one
 def worker(options):
     """Runs train.train with `options` {dotted name: value}: prints a JSON line of metrics after each epoch, then waits
     for a line of input to go on. With the option "profile" it prints the ten costliest operations of its last epoch."""
-    profile = options.pop("profile", 0)
+    profile, processes = options.pop("profile", 0), options.pop("processes", 1)  # of several, the first one reports
     os.chdir(options.pop("checkout", ROOT))
     sys.path.insert(0, os.getcwd())
     import train
@@ -66,9 +67,9 @@ def worker(options):
             table = averages.table(sort_by=sort, row_limit=10, max_name_column_width=48, header=None)
             metrics["profile"] = table
         for name, grad in (("sampled_rows", False), ("trained_rows", True)):  # through the UNet, as in bench_trl.py
-            metrics[name] = sum(size for g, size in passes if g == grad)
+            metrics[name] = sum(size for g, size in passes if g == grad) * processes
         metrics["memory_gb"] = psutil.Process().memory_info().rss / 1e9
-        metrics["cpu_seconds"] = time.process_time() - cpu["start"]
+        metrics["cpu_seconds"] = (time.process_time() - cpu["start"]) * processes
         print(json.dumps(metrics), flush=True)
         passes.clear()
         sys.stdin.readline()
@@ -87,6 +88,12 @@ def worker(options):
     config = get_config()
     config.update_from_flattened_dict(options)
     train.train(config, "bench")
+
+
+def launch(command, processes):
+    """A command [Python, ...], to be run by so many processes."""
+    launcher = [command[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*launcher, *command[1:]] if processes > 1 else command
 
 
 class Contestant:
@@ -280,12 +287,11 @@ def scaling_setups(command, base):
     per_update = base["sample.images_per_epoch"] // base["train.updates_per_epoch"]
     setups = []
     for images, steps, processes in SCALING:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         own = base | {"sample.images_per_epoch": images, "train.updates_per_epoch": images // per_update}
         own |= {"sample.batch_size": per_update // processes, "train.batch_size": per_update // processes}
-        own |= {"sample.num_steps": steps}
+        own |= {"sample.num_steps": steps, "processes": processes}
         name = f"{images} images, {steps} steps, {processes} process{'es' * (processes > 1)}"
-        setups.append((name, [*launcher, *command[1:]] if processes > 1 else command, own))
+        setups.append((name, launch(command, processes), own))
     return setups
 
 
@@ -295,10 +301,7 @@ def scaling_table(contestants):
     cost = {}
     for case, c in zip(SCALING, contestants):
         epochs, work = c.counted, case[0] * case[1]
-        # Of several processes one is read; its CPU seconds stand for all.
-        cost[case] = [
-            [1e3 * e[key] * n / work for e in epochs] for key, n in (("seconds", 1), ("cpu_seconds", case[2]))
-        ]
+        cost[case] = [[1e3 * e[key] / work for e in epochs] for key in ("seconds", "cpu_seconds")]
         ratios = [[a / b for a, b in zip(*both)] for both in zip(cost[case], cost[SCALING[case]])]
         lines.append(f"| {c.name} | {spread(cost[case][0])} | {spread(ratios[0])} | {spread(ratios[1])} |")
     return "\n".join(lines), {c.name: values for c, values in zip(contestants, cost.values())}
@@ -332,7 +335,9 @@ def main():
     parser.add_argument("--model", default="emoji", help=f"{', '.join(MODELS)}, or a folder")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="options of config/base.py")
-    other = "a contestant with these options besides; checkout=FOLDER is another commit's train.py"
+    other = (
+        "a contestant with these options besides; checkout=FOLDER is another commit's train.py, processes=N that many"
+    )
     parser.add_argument("--variant", nargs="+", action="append", default=[], metavar="KEY=VALUE", help=other)
     parser.add_argument("--against", choices=["trl"])
     parser.add_argument("--repetitions", type=int, default=3, help="epochs counted")
@@ -357,7 +362,9 @@ def main():
     base |= parse(args.set)
     command = [sys.executable, "-m", "scripts.bench", "worker"]
     setups = [("ours", command, base)]
-    setups += [(" ".join(changes), command, base | parse(changes)) for changes in args.variant]
+    for changes in args.variant:
+        options = base | parse(changes)
+        setups.append((" ".join(changes), launch(command, options.get("processes", 1)), options))
     if args.against:
         trl = [make_trl(args.trl_folder), "-m", "scripts.bench_trl"]
         setups += [("trl, batches as ours", trl, base), ("trl, batches as its post", trl, as_post(base))]

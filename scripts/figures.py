@@ -1,84 +1,267 @@
-"""Redraws a figure from the committed results of its sweep (config/sweeps.py), as PNG and SVG.
+"""Redraws a figure from the committed results of its sweeps (config/sweeps.py), as PNG and SVG.
 
     python -m scripts.figures fig4
 
-Reward against reward queries: the mean over seeds, in a band from the lowest to the highest. A curve whose learning
-rate was chosen is drawn at the best one; the last two rounds' mean reward of every job is printed, the others' too.
+Curves are means over seeds, in a band from the lowest to the highest. A curve for which several learning rates were
+tried is drawn at the best one; what every job came to is printed, the others' too.
 """
 
 import argparse
 import glob
+import json
 import os
 import re
 
 import matplotlib
 import numpy as np
+from PIL import Image
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from config.sweeps import BEST, SWEEPS  # noqa: E402
-from ddpo import InputError, choose, run_script  # noqa: E402
+from config.sweeps import ABLATIONS, SWEEPS  # noqa: E402
+from ddpo import InputError, choose, prompts, run_script  # noqa: E402
+from ddpo.evaluation import split_prompts  # noqa: E402
 from scripts.plot import plot_band, read_metrics  # noqa: E402
+from scripts.sweep import best_rates  # noqa: E402
 
 LABELS = {
-    "ddpo_is": "DDPO-IS",
-    "ddpo_sf": "DDPO-SF",
-    "rwr": "RWR",
-    "rwr_sparse": "RWR-sparse",
-    "unweighted": "no reward",
-}
+    "ddpo_is": "DDPO-IS", "ddpo_sf": "DDPO-SF", "rwr": "RWR", "rwr_sparse": "RWR-sparse", "unweighted": "no reward",
+    "rank_1": "rank 1", "rank_4": "rank 4", "rank_16": "rank 16", "rank_64": "rank 64",
+    "compressibility": "compressibility: - kB", "incompressibility": "incompressibility: kB",
+    "alignment": "alignment: CLIPScore",
+}  # fmt: skip
 plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 plt.rcParams["svg.hashsalt"] = "ddpo"  # the same file for the same numbers
 
 
-def read_jobs(folder):
-    """[(panel, curve, learning rate, seed, reward queries (epochs,), mean rewards (epochs,))] of a sweep's finished
-    jobs. Raises InputError if there are none."""
-    jobs = []
-    for path in sorted(glob.glob(os.path.join(folder, "*", "job.json"))):
-        run = os.path.dirname(path)
-        panel, curve, rate, seed = re.fullmatch(r"([^-]+)-(.+)-lr(.+)-seed(\d+)", os.path.basename(run)).groups()
-        metrics = read_metrics(run)
-        jobs.append((panel, curve, float(rate), int(seed), metrics["reward_queries"], metrics["reward_mean"]))
+class Job:
+    """A finished run of a sweep."""
+
+    def __init__(self, folder):
+        name = re.fullmatch(r"([^-]+)-(.+)-lr(.+)-seed(\d+)", os.path.basename(folder)).groups()
+        self.folder, self.panel, self.curve, self.rate, self.seed = folder, *name[:2], float(name[2]), int(name[3])
+        self.metrics = read_metrics(folder)
+        self.final = self.metrics["reward_mean"][-3:].mean()
+        with open(os.path.join(folder, "job.json")) as f:
+            self.facts = json.load(f)
+        with open(os.path.join(folder, "config.json")) as f:
+            self.config = json.load(f)
+        self.evaluations = []
+        if os.path.exists(os.path.join(folder, "evaluation.jsonl")):
+            with open(os.path.join(folder, "evaluation.jsonl")) as f:
+                self.evaluations = [json.loads(line) for line in f]
+
+    def evaluated(self, section, key):
+        """A measure of all evaluations: (E,), e.g. of "seen, stochastic" the "diversity"."""
+        return np.array([evaluation[section][key] for evaluation in self.evaluations])
+
+    def queries_evaluated(self):
+        """(E,) reward queries before each evaluation."""
+        return np.array([e["epoch"] for e in self.evaluations]) * self.config["sample"]["images_per_epoch"]
+
+
+def read_jobs(results, sweep):
+    """A sweep's finished jobs at the best learning rate of each curve. Prints all; InputError if there are none."""
+    folder = os.path.join(results, sweep)
+    jobs = [Job(os.path.dirname(path)) for path in sorted(glob.glob(os.path.join(folder, "*", "job.json")))]
     if not jobs:
-        raise InputError(f"{folder} has no finished job: run python -m scripts.sweep {os.path.basename(folder)}")
-    return jobs
+        raise InputError(f"{folder} has no finished job: run python -m scripts.sweep {sweep}")
+    best = best_rates(SWEEPS[sweep](), folder)
+    for job in jobs:
+        chosen = best.get(f"{job.panel}-{job.curve}") == job.rate
+        print(
+            f"{job.panel} {job.curve} lr {job.rate:g}{'*' if chosen else ''} seed {job.seed}: "
+            f"{job.metrics['reward_mean'][0]:.3f} to {job.final:.3f}, {job.facts['seconds']:.0f} s"
+        )
+    return [job for job in jobs if best.get(f"{job.panel}-{job.curve}") == job.rate]
 
 
-def draw(jobs, best):
-    """A panel for each that the jobs name, a curve for each that it has. best: {curve: learning rate}."""
-    panels = sorted({job[0] for job in jobs})
-    columns, rows = min(3, len(panels)), -(-len(panels) // 3)
-    size = (3.4 * columns, 2.7 * rows)
-    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axes, panel in zip(grid.flat, panels):
-        curves = sorted({job[1] for job in jobs if job[0] == panel})
-        for curve in curves:
-            mine = [job for job in jobs if job[:2] == (panel, curve) and job[2] == best.get(curve, job[2])]
-            if not mine:
-                continue
-            queries, rewards = mine[0][4], np.stack([job[5] for job in mine])
-            plot_band(axes, queries, rewards, LABELS.get(curve, curve))
-        axes.set(title=panel, xlabel="reward queries", ylabel="mean reward")
-        if axes.lines:
-            axes.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.24))
-    for axes in grid.flat[len(panels) :]:
+def by_curve(jobs, panel):
+    """{curve: its jobs, one per seed} of a panel, in the order of the sweep."""
+    jobs = [job for job in jobs if job.panel == panel]
+    order = [label for label in LABELS if any(job.curve == label for job in jobs)]
+    order += sorted({job.curve for job in jobs} - set(order))
+    return {curve: [job for job in jobs if job.curve == curve] for curve in order}
+
+
+def rewards_of(jobs):
+    """(S, epochs) mean rewards of S jobs."""
+    return np.stack([job.metrics["reward_mean"] for job in jobs])
+
+
+def fill(axes_of, panels):
+    """Takes the axes that no panel uses off the figure."""
+    for axes in axes_of[len(panels) :]:
         axes.remove()
+
+
+def draw_rewards(jobs):
+    """Reward against reward queries: a panel per task, a curve per method."""
+    panels = [p for p in LABELS if any(job.panel == p for job in jobs)] or sorted({job.panel for job in jobs})
+    figure, grid = plt.subplots(1, len(panels), figsize=(3.0 * len(panels), 2.6), squeeze=False, layout="constrained")
+    handles = {}
+    for axes, panel in zip(grid.flat, panels):
+        for curve, mine in by_curve(jobs, panel).items():
+            plot_band(axes, mine[0].metrics["reward_queries"], rewards_of(mine), LABELS.get(curve, curve))
+        for line in axes.lines:
+            handles.setdefault(line.get_label(), line)
+        axes.set(title=LABELS.get(panel, panel), xlabel="reward queries")
+    grid[0, 0].set_ylabel("mean reward of a round")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
+
+
+def grid_pictures(path, count):
+    """The pictures in a run's picture grid of `count` (ddpo/tracking.py: image_grid)."""
+    grid = Image.open(path)
+    columns = min(count, max(1, round(count**0.5 * 1.3)))
+    width, height = grid.width // columns, grid.height // -(-count // columns)
+    corners = [(i % columns * width, i // columns * height) for i in range(count)]
+    return [grid.crop((x, y, x + width - 2, y + height - 2 - 13)) for x, y in corners]
+
+
+def draw_pictures(axes_of, job, indices):
+    """Pictures of the same prompts and noise over training: an axes for each grid of a job, with its pictures `indices`
+    below each other."""
+    paths = sorted(glob.glob(os.path.join(job.folder, "epoch_*.png")))
+    steps = np.linspace(0, len(paths) - 1, len(axes_of)).round().astype(int)
+    for axes, step in zip(axes_of, steps):
+        pictures = grid_pictures(paths[step], job.config["grid_images"])
+        axes.imshow(np.concatenate([np.asarray(pictures[i]) for i in indices]))
+        epoch = int(re.search(r"epoch_(\d+)", paths[step]).group(1))
+        axes.set_title(f"{epoch * job.config['sample']['images_per_epoch']} queries", fontsize=8)
+        axes.set_axis_off()
+
+
+def draw_fig5(jobs):
+    """Alignment over training, a curve per activity, of prompts trained on; below, pictures of the same noise."""
+    figure = plt.figure(figsize=(6, 4.6), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.5, 1])
+    panels = above.subplots(1, 2, sharey=True)
+    for axes, kind in zip(panels, ("seen", "held_out")):
+        for activity in prompts.ACTIVITIES:
+            scores = [
+                [np.mean([v for prompt, v in by_prompt.items() if prompt.endswith(activity)]) for by_prompt in
+                 job.evaluated(f"{kind}, stochastic", "by_prompt")] for job in jobs
+            ]  # fmt: skip
+            plot_band(axes, jobs[0].queries_evaluated(), np.array(scores), activity)
+        axes.set(title=f"prompts {'trained on' if kind == 'seen' else 'held out'}", xlabel="reward queries")
+    panels[0].set_ylabel("CLIPScore")
+    above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
+    indices = range(min(2, jobs[0].config["grid_images"]))
+    draw_pictures(below.subplots(1, 5), jobs[0], indices)
+    config = jobs[0].config
+    trained_on = split_prompts(prompts.get_prompts(config["prompts"]), config["held_out"])[0]
+    texts = [prompt for prompt, _ in trained_on[:: max(1, len(trained_on) // config["grid_images"])]]
+    below.suptitle("; ".join(texts[i] for i in indices), fontsize=8)
+    return figure
+
+
+def draw_fig6(aligned, compressed):
+    """Gains on prompts trained on and held out, sampled with noise and without: a dot per seed."""
+    figure, panels = plt.subplots(1, 2, figsize=(6.4, 2.7), layout="constrained")
+    sections = [f"{kind}, {s}" for s in ("stochastic", "deterministic") for kind in ("seen", "held_out")]
+    for axes, jobs, title in zip(
+        panels, (compressed, aligned), ("animals: - kB", "animal-activity pairs: CLIPScore"), strict=True
+    ):
+        for x, section in enumerate(sections):
+            scores = np.array([job.evaluated(section, "reward_mean")[[0, -1]] for job in jobs])
+            colour = "C0" if section.startswith("seen") else "C1"
+            for seed, pair in enumerate(scores):
+                axes.annotate("", (x + 0.15 * (seed - 1), pair[1]), (x + 0.15 * (seed - 1), pair[0]),
+                              arrowprops={"arrowstyle": "->", "color": colour})  # fmt: skip
+            axes.plot([x] * len(scores), scores[:, 0], "_", color="0.4")
+            axes.plot([x] * len(scores), scores[:, 1], " ")
+        names = [s.replace("held_out", "held out").replace(", ", "\n") for s in sections]
+        axes.set_xticks(range(len(sections)), names, fontsize=7)
+        axes.set_title(f"{title}, base to finetuned", fontsize=9)
+        axes.margins(0.1)
+    return figure
+
+
+def draw_fig7(jobs):
+    """Training far past the point: the reward and what it was not trained on; pictures of the same noise below."""
+    figure = plt.figure(figsize=(7, 5), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1, 1])
+    panels = above.subplots(1, 4)
+    measures = {
+        "reward_mean": "reward: - kB", "clipscore:models/emoji/clip": "CLIPScore", "classifier_accuracy":
+        "animal named", "diversity": "diversity",
+    }  # fmt: skip
+    for axes, (key, title) in zip(panels, measures.items()):
+        for kind in ("seen", "held_out"):
+            values = np.stack([job.evaluated(f"{kind}, stochastic", key) for job in jobs])
+            plot_band(axes, jobs[0].queries_evaluated(), values, "animals " + kind.replace("_", " "))
+        axes.set(title=title, xlabel="reward queries")
+    above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    draw_pictures(below.subplots(1, 5), jobs[0], range(min(3, jobs[0].config["grid_images"])))
+    return figure
+
+
+def draw_lora(jobs):
+    """Reward curves by rank, and what each rank costs."""
+    figure, panels = plt.subplots(1, 4, figsize=(9, 2.7), layout="constrained", width_ratios=[2, 1, 1, 1])
+    curves = by_curve(jobs, jobs[0].panel)
+    colours = []
+    for curve, mine in curves.items():
+        name = f"{LABELS.get(curve, curve)}, {mine[0].rate:g}"
+        colours.append(plot_band(panels[0], mine[0].metrics["reward_queries"], rewards_of(mine), name))
+    panels[0].set(title="mean reward (- kB), learning rate", xlabel="reward queries")
+    panels[0].legend(fontsize=6)
+    costs = {
+        "seconds a round": lambda job: np.median(job.metrics["seconds"]),
+        "peak memory, GB": lambda job: job.metrics["peak_memory_gb"][-1],
+        "weights saved, MB": lambda job: job.facts["weights_mb"],
+    }
+    for axes, (title, cost) in zip(panels[1:], costs.items()):
+        for x, (mine, colour) in enumerate(zip(curves.values(), colours)):
+            axes.bar(x, np.median([cost(job) for job in mine]), color=colour)
+        axes.set_title(title, fontsize=8)
+        axes.set_xticks(range(len(curves)), [LABELS.get(c, c).removeprefix("rank ") for c in curves], fontsize=7)
+    return figure
+
+
+def draw_ablations(jobs):
+    """A column per option: above the reward at the end, below what a judge that was not trained on says, with the base
+    model's as a line. A dot per seed, a bar for the mean; the default is in grey."""
+    default = [job for job in jobs if job.panel == "default"]
+    figure, grid = plt.subplots(2, len(ABLATIONS), figsize=(10, 4), sharey="row", layout="constrained")
+    measures = {"reward_mean": "gain in reward (kB)", "classifier_accuracy": "animal named, change"}
+    for column, (option, (default_label, values)) in enumerate(ABLATIONS.items()):
+        groups = {default_label: default} | {str(v): [j for j in jobs if (j.panel, j.curve) == (option, str(v))]
+                                             for v in values}  # fmt: skip
+        for axes, key in zip(grid[:, column], measures):
+            for x, mine in enumerate(groups.values()):
+                scores = [np.diff(job.evaluated("seen, stochastic", key)[[0, -1]])[0] for job in mine]
+                axes.bar(x, np.mean(scores), color="0.75" if mine is default else "C0", alpha=0.5)
+                axes.plot([x] * len(scores), scores, ".", color="0.2", markersize=4)
+            axes.set_xticks(range(len(groups)), groups, fontsize=6, rotation=30)
+            axes.axhline(0, color="0.4", linewidth=0.8)
+        grid[0, column].set_title(option.replace("_", " "), fontsize=9)
+    for axes, label in zip(grid[:, 0], measures.values()):
+        axes.set_ylabel(label)
+    return figure
+
+
+FIGURES = {  # name -> how it is drawn, from the jobs of these sweeps
+    "fig4": (draw_rewards, "fig4"),
+    "fig5": (draw_fig5, "fig5"),
+    "fig6": (draw_fig6, "fig5", "fig7"),
+    "fig7": (draw_fig7, "fig7"),
+    "lora": (draw_lora, "lora"),
+    "ablations": (draw_ablations, "ablations"),
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help=f"one of: {', '.join(SWEEPS)}")
+    parser.add_argument("name", help=f"one of: {', '.join(FIGURES)}")
     parser.add_argument("--results", default="results/sweeps")
     parser.add_argument("--output", default="results/figures")
     args = parser.parse_args()
-    choose("sweep", args.name, SWEEPS)
-    jobs = read_jobs(os.path.join(args.results, args.name))
-    for panel, curve, rate, seed, _, rewards in jobs:
-        print(f"{panel} {curve} lr {rate:g} seed {seed}: {rewards[0]:.3f} to {rewards[-2:].mean():.3f}")
-    figure = draw(jobs, BEST.get(args.name, {}))
+    draw, *sweeps = choose("figure", args.name, FIGURES)
+    figure = draw(*(read_jobs(args.results, sweep) for sweep in sweeps))
     os.makedirs(args.output, exist_ok=True)
     for kind in ("png", "svg"):
         path = os.path.join(args.output, f"{args.name}.{kind}")

@@ -2,13 +2,16 @@
 
     python -m scripts.sweep fig4 --jobs 2
 
-Each job is a run of train.py with one CPU thread (--threads), in runs/sweeps/NAME/JOB. When it is done, its
-config.json, metrics.jsonl and last picture grid go to results/sweeps/NAME/JOB, with job.json: the command, commit,
-hardware and time. Jobs that are there already are skipped. A sweep that was stopped with Ctrl-C or killed goes on where
-it was when it is started again: a job that had begun resumes from its last checkpoint.
+Each job is a run of train.py with one CPU thread (--threads), in runs/sweeps/NAME/JOB. First every learning rate to
+try runs on one seed, then the best ones on the others. When a job is done, its config.json, metrics.jsonl,
+evaluation.jsonl and picture grids (the last one, unless it drew some on the way) go to results/sweeps/NAME/JOB, with
+job.json: the command, commit, hardware, time and the size of its weights. Jobs that are there already are skipped. A
+sweep that was stopped with Ctrl-C or killed goes on where it was when it is started again: a job that had begun resumes
+from its last checkpoint.
 """
 
 import argparse
+import glob
 import json
 import os
 import shlex
@@ -21,7 +24,7 @@ from datetime import timedelta
 
 import torch
 
-from config.sweeps import SWEEPS
+from config.sweeps import SEEDS, SWEEPS, job_of, seed_jobs, tuning_jobs
 from ddpo import InputError, choose, run_script
 from ddpo.tracking import list_checkpoints
 from scripts.plot import read_metrics
@@ -54,26 +57,37 @@ def collect(run_dir, folder, job):
     """Copies what the figures need from a finished run to results/, job.json last: it marks the job as done. Returns
     its metrics."""
     os.makedirs(folder, exist_ok=True)
-    grids = sorted(os.listdir(os.path.join(run_dir, "images")))
-    for name in ("config.json", "metrics.jsonl", os.path.join("images", grids[-1])):
-        shutil.copy(os.path.join(run_dir, name), folder)
+    with open(os.path.join(run_dir, "config.json")) as f:
+        all_grids = json.load(f)["grid_every"] > 0
+    grids = sorted(os.listdir(os.path.join(run_dir, "images")))[0 if all_grids else -1 :]
+    for name in ("config.json", "metrics.jsonl", "evaluation.jsonl", *(os.path.join("images", grid) for grid in grids)):
+        if os.path.exists(os.path.join(run_dir, name)):
+            shutil.copy(os.path.join(run_dir, name), folder)
     metrics = read_metrics(folder)
     job["seconds"] = round(float(metrics["seconds"].sum()), 1)
+    weights = glob.glob(os.path.join(list_checkpoints(run_dir)[-1], "*", "*.safetensors"))  # in lora/ or unet/
+    job["weights_mb"] = round(sum(map(os.path.getsize, weights)) / 1e6, 3)
     with open(os.path.join(folder, "job.json"), "w") as f:
         json.dump(job, f, indent=1)
     return metrics
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help=f"one of: {', '.join(SWEEPS)}")
-    parser.add_argument("--jobs", type=int, default=1, help="how many run at a time")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each")
-    parser.add_argument("--results", default="results/sweeps")
-    parser.add_argument("--runs", default="runs/sweeps")
-    args = parser.parse_args()
+def best_rates(curves, results):
+    """{curve: learning rate} by the mean reward of the last three rounds of the finished jobs on the first seed."""
+    best = {}
+    for curve, options in curves.items():
+        rewards = {}
+        for rate in options["train.learning_rate"]:
+            folder = os.path.join(results, job_of(curve, options, rate, SEEDS[0])[0])
+            if os.path.exists(os.path.join(folder, "job.json")):
+                rewards[rate] = read_metrics(folder)["reward_mean"][-3:].mean()
+        if rewards:
+            best[curve] = max(rewards, key=rewards.get)
+    return best
 
-    jobs = choose("sweep", args.name, SWEEPS)()
+
+def run_jobs(jobs, args):
+    """Runs {name: options}, args.jobs at a time, without those that are done. Returns the names of failed ones."""
     results, runs = (
         {job: os.path.join(parent, args.name, job) for job in jobs} for parent in (args.results, args.runs)
     )
@@ -82,7 +96,6 @@ def main():
     print(f"{args.name}: {len(jobs)} jobs, {done} of them done", flush=True)
     cores = "" if torch.cuda.is_available() else f", {os.cpu_count()} cores"
     machine = {"commit": commit("train.py", "ddpo", "config"), "hardware": processor() + cores, "threads": args.threads}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
             while waiting and len(running) < args.jobs:
@@ -116,6 +129,24 @@ def main():
             if process is not None:
                 process.wait()
         sys.exit(130)
+    return failed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help=f"one of: {', '.join(SWEEPS)}")
+    parser.add_argument("--jobs", type=int, default=1, help="how many run at a time")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each")
+    parser.add_argument("--results", default="results/sweeps")
+    parser.add_argument("--runs", default="runs/sweeps")
+    args = parser.parse_args()
+
+    curves = choose("sweep", args.name, SWEEPS)()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    failed = run_jobs(tuning_jobs(curves), args)
+    best = best_rates(curves, os.path.join(args.results, args.name))
+    print("learning rates: " + ", ".join(f"{curve} {rate:g}" for curve, rate in best.items()), flush=True)
+    failed += run_jobs(seed_jobs(curves, best), args)
     if failed:
         raise InputError(f"{len(failed)} job(s) failed: {', '.join(failed)}")
 

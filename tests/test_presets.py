@@ -8,7 +8,7 @@ import pytest
 
 import train
 from config.base import check
-from config.sweeps import SWEEPS
+from config.sweeps import SEEDS, SWEEPS, seed_jobs, tuning_jobs
 from ddpo import InputError
 
 # images a round, updates a round, rounds, learning rate, rank, rewards kept per prompt, advantage clip
@@ -64,7 +64,11 @@ def test_an_epoch_on_a_tiny_model(tiny, tmp_path, monkeypatch, preset):
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_sweeps_name_options_that_exist(name):
-    for job, options in SWEEPS[name]().items():
+    curves = SWEEPS[name]()
+    best = {curve: options["train.learning_rate"][-1] for curve, options in curves.items()}
+    tuned, others = tuning_jobs(curves), seed_jobs(curves, best)
+    assert len(others) == len(curves) * (len(SEEDS) - 1) and not others.keys() & tuned.keys()
+    for job, options in (tuned | others).items():
         options = dict(options)
         module, _, variant = options.pop("config").removeprefix("config/").partition(".py:")
         config = load(f"{module}:{variant}")

@@ -4,59 +4,75 @@ import json
 import signal
 import sys
 
+import numpy as np
 import pytest
-from conftest import SMALL, launch
+from conftest import ROOT, SMALL, launch
 from PIL import Image
 from test_train import metrics
 
+from config.sweeps import tuning_jobs
 from ddpo import InputError
 from scripts import figures, sweep
 
 
+def command(monkeypatch, capsys, main, *arguments):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    main()
+    return capsys.readouterr().out
+
+
 def test_a_stopped_sweep_goes_on_and_its_results_are_drawn(tiny, tmp_path, monkeypatch, capsys):
-    """One job done but not collected, one stopped after its first epoch: the sweep resumes the one, collects both, and
-    has nothing left to do when it is started again."""
-    options = {**SMALL, "model": tiny, "save_every": 1, "config": "config/emoji.py", "train.learning_rate": 1e-3}
-    jobs = {f"task-ddpo_is-lr0.001-seed{seed}": {**options, "seed": seed} for seed in (0, 1)}
-    monkeypatch.setattr(sweep, "SWEEPS", {"fig4": lambda: jobs})
+    """Two learning rates, two seeds. One job done but not collected, one stopped after its first epoch: the sweep
+    resumes the one, collects both, runs the better rate on the other seed, and has nothing left to do when it is
+    started again."""
+    options = {**SMALL, "model": tiny, "save_every": 1, "config": "config/emoji.py"}
+    curves = {"task-ddpo_is": {**options, "train.learning_rate": (1e-3, 3e-3)}}
+    monkeypatch.setattr(sweep, "SWEEPS", {"fig4": lambda: curves})
+    monkeypatch.setattr(figures, "SWEEPS", {"fig4": lambda: curves})
+    monkeypatch.setattr("config.sweeps.SEEDS", (0, 1))
     monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)  # pytest keeps its own
     runs, results = tmp_path / "runs", tmp_path / "results"
-    for job, epochs in zip(jobs, (2, 1)):
+    jobs = tuning_jobs(curves)
+    for job, epochs in zip(jobs, (2, 1), strict=True):
         given = {k.replace(".", "__"): v for k, v in jobs[job].items() if k != "config"}
         launch(direct=True, run_dir=runs / "fig4" / job, **given | {"num_epochs": epochs})
-    path = runs / "fig4/task-ddpo_is-lr0.001-seed1/config.json"
+    path = runs / "fig4/task-ddpo_is-lr0.003-seed0/config.json"
     path.write_text(path.read_text().replace('"num_epochs": 1', '"num_epochs": 2'))
 
-    def command(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
-        main()
-        return capsys.readouterr().out
-
-    arguments = ("fig4", "--runs", runs, "--results", results)
-    out = command(sweep.main, *arguments)
-    assert "2 jobs, 0 of them done" in out and "[2/2] task-ddpo_is-lr0.001-seed1" in out and "left" in out
-    for job in jobs:
+    arguments = monkeypatch, capsys, sweep.main, "fig4", "--runs", runs, "--results", results
+    out = command(*arguments)
+    assert "2 jobs, 0 of them done" in out and "[2/2] task-ddpo_is-lr0.003-seed0" in out and "left" in out
+    means = {rate: np.mean([m["reward_mean"] for m in metrics(results / f"fig4/task-ddpo_is-lr{rate}-seed0")])
+             for rate in (0.001, 0.003)}  # fmt: skip
+    best = max(means, key=means.get)
+    assert f"task-ddpo_is {best}" in out and f"[1/1] task-ddpo_is-lr{best}-seed1" in out
+    for job in [*jobs, f"task-ddpo_is-lr{best}-seed1"]:
         assert metrics(results / "fig4" / job) == metrics(runs / "fig4" / job)
         assert [line["epoch"] for line in metrics(results / "fig4" / job)] == [0, 1]
         facts = json.loads((results / "fig4" / job / "job.json").read_text())
-        assert facts.keys() == {"command", "commit", "hardware", "threads", "seconds"} and f"seed={job[-1]}" in str(
-            facts
-        )
+        assert facts.keys() == {"command", "commit", "hardware", "threads", "seconds", "weights_mb"}
+        assert f"seed={job[-1]}" in str(facts) and facts["weights_mb"] > 0
         assert list((results / "fig4" / job).glob("epoch_0002.png"))
     monkeypatch.setattr(sweep, "start", None)  # nothing may be started
-    assert "2 jobs, 2 of them done" in command(sweep.main, *arguments)
+    assert command(*arguments).count("jobs, 2 of them done") == 1
 
-    monkeypatch.setattr(figures, "BEST", {"fig4": {"ddpo_is": 1e-3}})
-    out = command(figures.main, "fig4", "--results", results, "--output", tmp_path)
-    assert out.count("task ddpo_is lr 0.001 seed") == 2
+    arguments = "fig4", "--results", results, "--output", tmp_path
+    out = command(monkeypatch, capsys, figures.main, *arguments)
+    assert out.count("*") == 2 and f"task ddpo_is lr {best}* seed 1" in out
     assert (
-        "DDPO-IS (2 seeds)" in (tmp_path / "fig4.svg").read_text() and Image.open(tmp_path / "fig4.png").size[0] > 600
+        "DDPO-IS (2 seeds)" in (tmp_path / "fig4.svg").read_text() and Image.open(tmp_path / "fig4.png").size[0] > 500
     )
-    monkeypatch.setattr(figures, "BEST", {"fig4": {"ddpo_is": 3e-3}})  # another was better: not drawn
-    command(figures.main, "fig4", "--results", results, "--output", tmp_path)
-    assert "DDPO-IS" not in (tmp_path / "fig4.svg").read_text()
-    with pytest.raises(InputError, match="no finished job: run python -m scripts.sweep"):
-        command(figures.main, "fig4", "--results", tmp_path / "none")
+    with pytest.raises(InputError, match="no finished job: run python -m scripts.sweep fig4"):
+        command(monkeypatch, capsys, figures.main, "fig4", "--results", tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_figures_are_drawn_from_what_is_committed(name, tmp_path, monkeypatch, capsys):
+    """Every figure that the repo holds, from results/sweeps alone."""
+    out = command(monkeypatch, capsys, figures.main, name, "--output", tmp_path)
+    assert "* seed 2: " in out
+    committed = Image.open(ROOT / f"results/figures/{name}.png")
+    assert Image.open(tmp_path / f"{name}.png").size == committed.size and committed.size[0] > 900
 
 
 def test_a_sweep_that_is_stopped_tells_its_jobs_and_waits_for_them(tmp_path, monkeypatch):
@@ -75,7 +91,7 @@ def test_a_sweep_that_is_stopped_tells_its_jobs_and_waits_for_them(tmp_path, mon
     def sleep(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "SWEEPS", {"fig4": lambda: {"a": {}, "b": {}, "c": {}}})
+    monkeypatch.setattr(sweep, "SWEEPS", {"fig4": lambda: {"a": {"train.learning_rate": (1e-4, 1e-3, 1e-2)}}})
     monkeypatch.setattr(sweep, "start", lambda *arguments: Job())
     monkeypatch.setattr(sweep.time, "sleep", sleep)
     monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)  # pytest keeps its own

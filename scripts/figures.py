@@ -199,10 +199,11 @@ def draw_fig7(jobs):
     return figure
 
 
-def draw_lora(jobs):
+def draw_lora(jobs, full):
     """Reward curves by rank, and what each rank costs."""
+    full = [job for job in full if (job.panel, job.curve) == (jobs[0].panel, "ddpo_is")]
     figure, panels = plt.subplots(1, 4, figsize=(9, 2.7), layout="constrained", width_ratios=[2, 1, 1, 1])
-    curves = by_curve(jobs, jobs[0].panel)
+    curves = by_curve(jobs, jobs[0].panel) | {"full": full}
     colours = []
     for curve, mine in curves.items():
         name = f"{LABELS.get(curve, curve)}, {mine[0].rate:g}"
@@ -249,7 +250,7 @@ FIGURES = {  # name -> how it is drawn, from the jobs of these sweeps
     "fig5": (draw_fig5, "fig5"),
     "fig6": (draw_fig6, "fig5", "fig7"),
     "fig7": (draw_fig7, "fig7"),
-    "lora": (draw_lora, "lora"),
+    "lora": (draw_lora, "lora", "fig4"),
     "ablations": (draw_ablations, "ablations"),
 }
 

@@ -1,6 +1,7 @@
 """The policy: a base model, LoRA or full, in some precision. The only file that knows which base model it is.
 
-Stable Diffusion 1.x and 2.x, or any folder or hub name that diffusers loads as a `StableDiffusionPipeline`.
+Stable Diffusion 1.x and 2.x, or any folder or hub name that diffusers loads as a `StableDiffusionPipeline`; and SDXL,
+as a `StableDiffusionXLPipeline`.
 
 Precision. Trainable weights and the optimizer are always float32; "bf16" and "fp16" run the network under autocast, and
 keep frozen weights (all of the UNet, for LoRA) in half precision too. "tf32" is float32 with TensorFloat-32 matrix
@@ -13,7 +14,13 @@ import os
 
 import torch
 import transformers
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.training_utils import EMAModel
 from diffusers.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -33,6 +40,7 @@ class Policy:
     def __init__(self, pipe, device, precision, lora_rank):
         self.pipe, self.device, self.lora_rank = pipe, torch.device(device), lora_rank
         self.dtype = choose("precision", precision, PRECISIONS)
+        self.is_xl = isinstance(pipe, StableDiffusionXLPipeline)
         self.unet, self.vae, self.scheduler = pipe.unet, pipe.vae, pipe.scheduler
         self.ema = self._base_unet = None
         self._embeddings = {}
@@ -40,14 +48,34 @@ class Policy:
     def forward(self, latents, timesteps, prompt_embeds):
         """The UNet's output (B, C, H, W) in float32, computed in the policy's precision. Sampling and training both
         come through here: another autocast, or train mode in one of them, would bias every importance ratio."""
+        conditions = None
+        if self.is_xl:  # the picture's size and crop, and the pooled embedding (see `embed`)
+            height, width = (side * self.pipe.vae_scale_factor for side in latents.shape[-2:])
+            time_ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=latents.device)
+            pooled = prompt_embeds[:, -1, : self.pipe.text_encoder_2.config.projection_dim]
+            conditions = {"text_embeds": pooled, "time_ids": time_ids.expand(len(latents), -1)}
+            prompt_embeds = prompt_embeds[:, :-1]
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.unet(latents, timesteps, prompt_embeds).sample.float()
+            return self.unet(latents, timesteps, prompt_embeds, added_cond_kwargs=conditions).sample.float()
 
     @torch.no_grad()
     def embed(self, prompts):
-        """(B, L, D) text embeddings. Each prompt is encoded once, and alone, so that no batch changes its bits."""
+        """(B, L, D) text embeddings. Each prompt is encoded once, and alone, so that no batch changes its bits.
+
+        SDXL takes a pooled embedding besides: it is appended as one more row, filled up with zeros. Its empty prompt is
+        all zeros, as in its pipeline (unless the model's files say otherwise)."""
         for prompt in set(prompts) - self._embeddings.keys():
-            self._embeddings[prompt] = self.pipe.encode_prompt(prompt, self.device, 1, False)[0][0].float().cpu()
+            if self.is_xl:
+                states, _, pooled, _ = self.pipe.encode_prompt(
+                    prompt, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+                )
+                pooled = torch.nn.functional.pad(pooled, (0, states.shape[-1] - pooled.shape[-1]))
+                states = torch.cat([states[0], pooled])
+                if prompt == "" and self.pipe.config.force_zeros_for_empty_prompt:
+                    states = torch.zeros_like(states)
+            else:
+                states = self.pipe.encode_prompt(prompt, self.device, 1, False)[0][0]
+            self._embeddings[prompt] = states.float().cpu()
         return torch.stack([self._embeddings[prompt] for prompt in prompts]).to(self.device)
 
     def trainable_parameters(self):
@@ -112,7 +140,7 @@ def load_policy(model, lora_rank, precision, device, lora_targets=("to_q", "to_k
     """Loads a base model and makes it trainable.
 
     Args:
-        model: a folder, or a name on the hub, that holds a StableDiffusionPipeline.
+        model: a folder, or a name on the hub, that holds a StableDiffusionPipeline or StableDiffusionXLPipeline.
         lora_rank: 0 for full finetuning of the UNet, else the rank of the LoRA on the modules named by `lora_targets`.
             Its alpha equals its rank, so its scale is 1 for every rank.
         precision: fp32, tf32, bf16 or fp16.
@@ -124,7 +152,9 @@ def load_policy(model, lora_rank, precision, device, lora_targets=("to_q", "to_k
     dtype = choose("precision", precision, PRECISIONS)
     pipe = load_pipeline(model)
     pipe.vae.requires_grad_(False)
-    pipe.text_encoder.requires_grad_(False)
+    for name in ("text_encoder", "text_encoder_2"):
+        if name in pipe.components:
+            pipe.components[name].requires_grad_(False)
     pipe.unet.requires_grad_(not lora_rank)
     pipe.to(device)
     for network in (pipe.unet, pipe.vae):  # what convolutions want, on a CPU and in half precision on a GPU
@@ -152,13 +182,16 @@ def load_policy(model, lora_rank, precision, device, lora_targets=("to_q", "to_k
 
 
 def load_pipeline(model):
-    """The StableDiffusionPipeline at a folder or hub name, in float32, with a DDIM scheduler. Raises InputError."""
+    """The pipeline at a folder or hub name, in float32, with a DDIM scheduler. Raises InputError."""
     if not os.path.isdir(model) and (model.startswith((".", "/", "~")) or model.count("/") != 1):
         raise InputError(f"model {model!r}: there is no such folder, and it is not a name on the hub (OWNER/NAME)")
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(
-            model, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
-        )
+        if DiffusionPipeline.load_config(model).get("_class_name", "").startswith("StableDiffusionXL"):
+            pipe = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float32, add_watermarker=False)
+        else:
+            pipe = StableDiffusionPipeline.from_pretrained(
+                model, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+            )
     except (OSError, ValueError) as error:
         where = "is not a StableDiffusionPipeline folder" if os.path.isdir(model) else (
             "is not a folder here and could not be had from the hub")  # fmt: skip
@@ -174,7 +207,7 @@ def load_pipeline(model):
 def save_weights(policy, folder):
     """Writes the trained weights: FOLDER/lora for `pipe.load_lora_weights`, or FOLDER/unet for `from_pretrained`."""
     if policy.lora_rank:
-        StableDiffusionPipeline.save_lora_weights(
+        type(policy.pipe).save_lora_weights(
             os.path.join(folder, "lora"), get_peft_model_state_dict(policy.unet), weight_name=LORA_FILE
         )
     else:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter
 
 from config.base import get_config
 from ddpo.policy import PRECISIONS
-from scripts.make_random_model import SIZES
+from scripts.make_random_model import SIZES, make_unet
 
 
 class Peak(TorchDispatchMode):
@@ -60,16 +60,9 @@ def step_memory(size, lora_rank, precision, batch_size, checkpointing, guidance=
 
     size: a key of make_random_model's SIZES; lora_rank, precision: as in config/base.py.
     """
-    from diffusers import UNet2DConditionModel  # after ddpo, which quiets transformers
-
-    unet_config, dtype = SIZES[size]["unet"], PRECISIONS[precision]
+    dtype, text_2 = PRECISIONS[precision], SIZES[size].get("text_2")
     with torch.device("meta"):
-        levels = len(unet_config.get("block_out_channels", (320, 640, 1280, 1280)))
-        unet = UNet2DConditionModel(
-            down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
-            **unet_config,
-        ).requires_grad_(not lora_rank)
+        unet = make_unet(size).requires_grad_(not lora_rank)
         if lora_rank:
             targets = get_config().lora_targets.split(",")
             unet.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets))
@@ -91,8 +84,10 @@ def step_memory(size, lora_rank, precision, batch_size, checkpointing, guidance=
             unet.enable_gradient_checkpointing()
         latents = torch.empty(rows, 4, *[unet.config.sample_size] * 2)
         states = torch.empty(rows, 77, unet.config.cross_attention_dim)
+        if text_2:
+            more = {"text_embeds": torch.empty(rows, text_2["projection_dim"]), "time_ids": torch.ones(rows, 6)}
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            output = unet(latents, torch.ones(rows), states).sample.float()
+            output = unet(latents, torch.ones(rows), states, added_cond_kwargs=more if text_2 else None).sample.float()
         output.square().mean().backward()
     del moments
     return peak.most

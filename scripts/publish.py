@@ -27,9 +27,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 LOAD = {
-    "lora": 'pipe = StableDiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{repo}")',
+    "lora": 'pipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{repo}")',
     "unet": 'unet = UNet2DConditionModel.from_pretrained("{repo}", subfolder="unet")\n'
-    'pipe = StableDiffusionPipeline.from_pretrained("{base}", unet=unet)',
+    'pipe = DiffusionPipeline.from_pretrained("{base}", unet=unet)',
 }
 
 
@@ -87,7 +87,7 @@ The mean reward went from {first:.4g} in the first round to {last:.4g} in round 
 ## Use
 
 ```python
-from diffusers import DDIMScheduler, StableDiffusionPipeline{", UNet2DConditionModel" if kind == "unet" else ""}
+from diffusers import DDIMScheduler, DiffusionPipeline{", UNet2DConditionModel" if kind == "unet" else ""}
 
 {LOAD[kind].format(base=base, repo=repo)}
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # sampled as in training

@@ -22,6 +22,11 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_xl(tmp_path_factory):
+    return make_random_model("tiny_xl", tmp_path_factory.mktemp("tiny") / "xl")
+
+
+@pytest.fixture(scope="session")
 def tiny_v(tmp_path_factory):
     return make_random_model("tiny", tmp_path_factory.mktemp("tiny") / "v_prediction", "v_prediction")
 

@@ -131,9 +131,11 @@ def test_guidance_is_the_extrapolation_and_scale_one_is_the_prompt_alone(tiny):
     assert torch.equal(guided(policy, 1.0), cond)
 
 
-def test_sampler_equals_diffusers_pipeline(tiny):
-    """Deterministic sampling with our sampler gives the pictures of StableDiffusionPipeline itself."""
-    policy = load_policy(tiny, 0, "fp32", "cpu")
+@pytest.mark.parametrize("model", ["tiny", "tiny_xl"])
+def test_sampler_equals_diffusers_pipeline(model, request):
+    """Deterministic sampling with our sampler gives the pictures of the model's own pipeline, which for SDXL has the
+    empty prompt as zeros."""
+    policy = load_policy(request.getfixturevalue(model), 0, "fp32", "cpu")
     policy.scheduler.set_timesteps(6)
     shape = policy.latent_shape(40, 24)
     assert shape == (4, 10, 6)
@@ -142,8 +144,9 @@ def test_sampler_equals_diffusers_pipeline(tiny):
     ours = sample_with_logprob(policy, prompts, noise.__getitem__, guidance_scale=4.0, eta=0.0)
     latents = torch.stack([n[0] for n in noise])
     theirs = policy.pipe(
-        prompts, 40, 24, num_inference_steps=6, guidance_scale=4.0, eta=0.0, latents=latents, output_type="np"
-    ).images
+        prompts, height=40, width=24, num_inference_steps=6, guidance_scale=4.0, eta=0.0, latents=latents,
+        output_type="np",
+    ).images  # fmt: skip
     assert ours.latents.shape == (2, 7, *shape) and ours.log_probs.shape == (2, 6) and len(ours.timesteps) == 6
     assert [i.size for i in ours.images] == [(24, 40)] * 2
     np.testing.assert_allclose(np.stack([np.asarray(i) for i in ours.images]), theirs * 255, atol=1.01)

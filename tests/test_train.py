@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, launch
 from conftest import run as run_command
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -30,7 +30,14 @@ def weights(run, epoch):
 
 @pytest.mark.parametrize(
     "model, rank, precision",
-    [("tiny", 4, "fp32"), ("tiny", 0, "bf16"), ("tiny_v", 0, "fp32"), ("tiny_v", 4, "bf16")],
+    [
+        ("tiny", 4, "fp32"),
+        ("tiny", 0, "bf16"),
+        ("tiny_v", 0, "fp32"),
+        ("tiny_v", 4, "bf16"),
+        ("tiny_xl", 4, "bf16"),
+        ("tiny_xl", 0, "fp32"),
+    ],
 )
 def test_end_to_end(request, tmp_path, model, rank, precision):
     model, run = request.getfixturevalue(model), tmp_path / "run"
@@ -52,7 +59,7 @@ def test_end_to_end(request, tmp_path, model, rank, precision):
     assert json.loads((run / "config.json").read_text())["model"] == model
     assert Image.open(run / "images/epoch_0000.png").size == Image.open(run / "images/epoch_0002.png").size
     assert str(run) in result.stdout
-    base = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    base = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     folder = run / "checkpoints/epoch_0002"
     if rank:
         state = load_file(folder / "lora/pytorch_lora_weights.safetensors")

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scripts.provenance import commit, processor
 
 ROOT = Path(__file__).parent.parent
-MODELS = ("emoji", "tiny", "sd15", "sd21")
+MODELS = ("emoji", "tiny", "tiny_xl", "sd15", "sd21", "sdxl")
 PARTS = ("seconds_sampling", "seconds_rewards", "seconds_training", "seconds", "cpu_seconds")
 DEFAULTS = {  # the comparison's: 4 batches of 8 images, 10 steps, guidance, one update a batch
     "sample.images_per_epoch": 32, "train.updates_per_epoch": 4, "sample.num_steps": 10, "sample.guidance_scale": 5.0,
@@ -130,8 +131,6 @@ def make_model(name, folder):
     """The folder of a model of MODELS; those with random weights are made if they are not there."""
     if name == "emoji":
         return "models/emoji"
-    if name == "sdxl":
-        sys.exit("error: sdxl: ddpo/policy.py loads Stable Diffusion 1.x and 2.x, which have one text encoder")
     if name in MODELS:
         from scripts.make_random_model import make_random_model
 
@@ -163,14 +162,14 @@ def count_flops(model, options):
     from ddpo.policy import load_policy
 
     policy = load_policy(model, options["lora_rank"], "fp32", "cpu")
-    unet = policy.unet.to("meta")
+    policy.unet.to("meta")
     latents = torch.empty(1, *policy.latent_shape(), device="meta")
-    states = torch.empty(1, policy.pipe.tokenizer.model_max_length, unet.config.cross_attention_dim, device="meta")
+    states = policy.embed(["a cat"]).to("meta")
     step = torch.ones(1, device="meta")
     with FlopCounterMode(display=False) as forward, torch.no_grad():
-        unet(latents, step, states)
+        policy.forward(latents, step, states)
     with FlopCounterMode(display=False) as both:
-        unet(latents, step, states).sample.sum().backward()
+        policy.forward(latents, step, states).sum().backward()
     passes = options["sample.num_steps"] * (1 + (options["sample.guidance_scale"] != 1))
     return forward.get_total_flops() * passes, both.get_total_flops() * passes
 
@@ -396,23 +395,30 @@ def main():
 
 
 def draw(path):
-    """Saves, beside a --json file and under its name, a picture of it: images per second of a CPU core, medians, in the
-    range of the epochs; from a GPU's file, images per second of the clock."""
+    """Saves, beside a --json file and under its name, a picture of it: images per second by the clock and, from a CPU's
+    file, of a CPU core's own time; medians, in the range of the epochs."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     result = json.loads(Path(path).read_text())
-    on_cpu = "threads" in result["hardware"]
-    speeds = [row["cpu_images_per_second" if on_cpu else "images_per_second"] for row in result["rows"]]
-    medians = np.array([np.median(values) for values in speeds])
-    errors = [medians - [min(values) for values in speeds], [max(values) for values in speeds] - medians]
-    figure, axes = plt.subplots(figsize=(7, 0.7 + 0.35 * len(speeds)), layout="constrained")
-    axes.barh([row["name"] for row in result["rows"]], medians, xerr=errors, color="C0", ecolor="0.3")
-    axes.invert_yaxis()
-    axes.set_xlabel(f"images per second{' of a CPU core' if on_cpu else ''} ({result['hardware']})")
-    axes.spines[["top", "right"]].set_visible(False)
+    panels = {"images_per_second": "images per second"}
+    if "threads" in result["hardware"]:
+        panels["cpu_images_per_second"] = "images per CPU second"
+    names = [textwrap.fill(row["name"], 48) for row in result["rows"]]
+    size = (3.2 + 2.4 * len(panels), 0.9 + 0.35 * len(names))
+    figure, grid = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axes, (key, label) in zip(grid.flat, panels.items()):
+        speeds = [row[key] for row in result["rows"]]
+        medians = np.array([np.median(values) for values in speeds])
+        errors = [medians - [min(values) for values in speeds], [max(values) for values in speeds] - medians]
+        axes.barh(names, medians, xerr=errors, color="C0", ecolor="0.3")
+        axes.set_xlabel(label)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0, 0].invert_yaxis()
+    figure.suptitle(result["hardware"], fontsize=9)
     figure.savefig(Path(path).with_suffix(".png"), dpi=150)
 
 

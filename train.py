@@ -25,15 +25,13 @@ from config.base import check
 from ddpo import InputError, choose, cli, guards, prompts, rewards, use_cpu
 from ddpo.checkpoint import load_checkpoint, save_checkpoint, truncate_metrics
 from ddpo.ddim_logprob import step_stds
-from ddpo.evaluation import load_evaluation, split_prompts
+from ddpo.evaluation import draw_grid, load_evaluation, split_prompts
 from ddpo.losses import ALGORITHMS, TIMESTEPS
 from ddpo.memory import fit_batch_sizes, peak_memory_gb
 from ddpo.pipeline_logprob import draw_noise, sample_log_prob, sample_with_logprob, step_log_prob
 from ddpo.policy import load_policy
 from ddpo.stat_tracking import ADVANTAGES, PerPromptStatTracker
-from ddpo.tracking import Stopwatch, image_grid, log_metrics, start_run, start_tracker
-
-GRID = 2**31  # the "epoch" whose noise the picture grids use
+from ddpo.tracking import Stopwatch, describe_run, log_metrics, start_run, start_tracker
 
 
 def train(config, preset):
@@ -102,43 +100,29 @@ def train(config, preset):
         start_run(run_dir, config)
         truncate_metrics(run_dir, first_epoch)
     start_tracker(accelerator, run_dir, config)
-    accelerator.print(
-        f"{run_dir}: {config.reward} on {config.prompts} ({len(prompt_set)} prompts), {config.algorithm}, "
-        f"{f'LoRA of rank {config.lora_rank}' if config.lora_rank else 'full finetuning'} of {config.model} "
-        f"({sum(p.numel() for p in parameters) / 1e6:.2f}M weights), {config.precision}\n"
-        f"epochs {first_epoch} to {config.num_epochs - 1}, each {sample.images_per_epoch} images of {sample.num_steps} "
-        f"steps, {updates * opt.inner_epochs} updates of {per_update} x {trained_steps} transitions"
-    )
+    trained_weights = sum(p.numel() for p in parameters)
+    accelerator.print(describe_run(run_dir, config, first_epoch, len(prompt_set), trained_weights, trained_steps))
     if recompute and unlike:
         accelerator.print(
             "sample.batch_size and train.batch_size compose batches differently, so old log-probs are computed again, "
             f"which takes a forward pass. Equal sizes that divide {share}, or 0 for both, spare it"
         )
 
-    def draw_grid(epoch):
-        """Pictures of the same prompts and noise in every epoch, on the main process."""
-        if accelerator.is_main_process:
-            texts = [prompt for prompt, _ in prompt_set[:: max(1, len(prompt_set) // config.grid_images)]]
-            with policy.averaged():
-                pictures = sample_with_logprob(
-                    policy, texts[: config.grid_images], lambda i: draw_noise(noise_shape, config.seed, GRID, i),
-                    sample.guidance_scale, sample.eta, sample.batch_size, progress="grid",
-                ).images  # fmt: skip
-            image_grid(pictures, texts).save(os.path.join(run_dir, "images", f"epoch_{epoch:04d}.png"))
-
-    def log_evaluation(epoch):
-        """Fixed prompts and noise again, measured; all processes share the work."""
+    def look(epoch, grid, measure):
+        """Pictures of the same prompts and noise in every epoch: drawn for the eye, and measured."""
         with policy.averaged():
-            measured = evaluate()
-        if accelerator.is_main_process:
-            log_metrics(accelerator, run_dir, {"epoch": epoch, **measured}, "evaluation")
+            if grid and accelerator.is_main_process:
+                path = os.path.join(run_dir, "images", f"epoch_{epoch:04d}.png")
+                draw_grid(policy, prompt_set, config.grid_images, sample, noise_shape, config.seed).save(path)
+            if evaluate and measure:
+                measured = evaluate()
+                if accelerator.is_main_process:
+                    log_metrics(accelerator, run_dir, {"epoch": epoch, **measured}, "evaluation")
 
     scorer = ThreadPoolExecutor(1)
     interrupt = guards.Interrupt()
     if first_epoch == 0:
-        draw_grid(0)
-        if evaluate:
-            log_evaluation(0)
+        look(0, True, True)
     epochs = tqdm(range(first_epoch, config.num_epochs), "epochs", config.num_epochs, initial=first_epoch,
                   unit="epoch", disable=not accelerator.is_main_process)  # fmt: skip
     for epoch in epochs:
@@ -288,10 +272,8 @@ def train(config, preset):
             tqdm.write(f"epoch {epoch:3d}  " + "  ".join(f"{k} {metrics[k]:.4g}" for k in shown if k in metrics))
             if metrics["ratio_error"] > opt.clip_range:
                 tqdm.write(guards.RATIO_WARNING.format(metrics["ratio_error"], opt.clip_range))
-        if last or (config.grid_every and (epoch + 1) % config.grid_every == 0):
-            draw_grid(epoch + 1)
-        if evaluate and (last or (epoch + 1) % config.evaluate.every == 0):
-            log_evaluation(epoch + 1)
+        due = [last or (every and (epoch + 1) % every == 0) for every in (config.grid_every, config.evaluate.every)]
+        look(epoch + 1, *due)
         if accelerator.is_main_process and (last or (epoch + 1) % config.save_every == 0):
             save_checkpoint(run_dir, epoch + 1, policy, optimizer, scaler, tracker, config.keep_checkpoints)
         accelerator.wait_for_everyone()

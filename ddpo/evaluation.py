@@ -1,7 +1,10 @@
-"""Measures a policy on fixed prompts and noise: every few epochs of a run (config.evaluate), and after it by
-`python -m scripts.evaluate`. Prompts: those trained on and those held out. Sampling: with the sampler's noise, as in
-training, and without ("deterministic", eta 0). Judges: the run's own reward, and others that it was not trained on,
-which is where overoptimisation shows."""
+"""Looks at a policy on fixed prompts and noise: draws it, as a grid of pictures, and measures it, every few epochs of a
+run (config.evaluate) and after it (`python -m scripts.evaluate`).
+
+Prompts: those trained on and those held out. Sampling: with the sampler's noise, as in training, and without
+("deterministic", eta 0). Judges: the run's own reward, and others that it was not trained on, which is where
+overoptimisation shows.
+"""
 
 import numpy as np
 import torch
@@ -12,8 +15,10 @@ from transformers import AutoModelForImageClassification
 from ddpo import InputError, prompts, rewards
 from ddpo.clip import embed_images, load_clip, not_found
 from ddpo.pipeline_logprob import draw_noise, sample_with_logprob
+from ddpo.tracking import image_grid
 
-EVALUATION = 2**31 + 1  # the "epoch" whose noise is used, with seed 0 in every run: runs compare on the same noise
+GRID = 2**31  # the "epoch" whose noise the picture grids use
+EVALUATION = GRID + 1  # the "epoch" whose noise is used, with seed 0 in every run: runs compare on the same noise
 
 
 def split_prompts(prompt_set, held_out):
@@ -113,6 +118,17 @@ def evaluate(policy, sets, count, judges, sample, clip=None, classifier="", seed
             measured["by_prompt"] = dict(zip([prompt for prompt, _ in pairs], by_prompt))
             result[f"{kind}, {sampling}"] = measured
     return result, shown
+
+
+def draw_grid(policy, prompt_set, count, sample, noise_shape, seed):
+    """One picture of `count` pictures, of prompts from all over the set. sample: a config's `sample`. noise_shape: (T +
+    1, C, H, W)."""
+    texts = [prompt for prompt, _ in prompt_set[:: max(1, len(prompt_set) // count)]][:count]
+    pictures = sample_with_logprob(
+        policy, texts, lambda i: draw_noise(noise_shape, seed, GRID, i), sample.guidance_scale, sample.eta,
+        sample.batch_size, progress="grid",
+    ).images  # fmt: skip
+    return image_grid(pictures, texts)
 
 
 def load_evaluation(config, policy, reward_fn, trained_on, held_out):

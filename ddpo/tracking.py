@@ -32,6 +32,19 @@ def start_run(run_dir, config):
     os.replace(path + ".tmp", path)
 
 
+def describe_run(run_dir, config, first_epoch, prompt_count, trained_weights, trained_steps):
+    """What a run is about to do, in two lines."""
+    sample, updates = config.sample, config.train.updates_per_epoch
+    per_update = sample.images_per_epoch // updates
+    method = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "full finetuning"
+    return (
+        f"{run_dir}: {config.reward} on {config.prompts} ({prompt_count} prompts), {config.algorithm}, {method} of "
+        f"{config.model} ({trained_weights / 1e6:.2f}M weights), {config.precision}\n"
+        f"epochs {first_epoch} to {config.num_epochs - 1}, each {sample.images_per_epoch} images of {sample.num_steps} "
+        f"steps, {updates * config.train.inner_epochs} updates of {per_update} x {trained_steps} transitions"
+    )
+
+
 def list_checkpoints(run_dir):
     """The finished checkpoints of a run, oldest first."""
     parent = os.path.join(run_dir, "checkpoints")

@@ -241,6 +241,8 @@ def train(config, preset):
                     lambda row, column: (f"timestep {int(timesteps[column])} of " if likelihood == "step" else "")
                     + repr(my_prompts[row]),
                 )  # fmt: skip
+            done = (epoch * opt.inner_epochs + inner) * updates + update  # updates, in all epochs
+            optimizer.param_groups[0]["lr"] = opt.learning_rate * min(1, (done + 1) / max(1, opt.warmup_updates))
             scaler.step(optimizer)
             scaler.update()
             policy.update_ema()
@@ -272,12 +274,12 @@ def train(config, preset):
             tqdm.write(f"epoch {epoch:3d}  " + "  ".join(f"{k} {metrics[k]:.4g}" for k in shown if k in metrics))
             if metrics["ratio_error"] > opt.clip_range:
                 tqdm.write(guards.RATIO_WARNING.format(metrics["ratio_error"], opt.clip_range))
+        trajectories = latents = prompt_embeds = None  # room for other pictures
         due = [last or (every and (epoch + 1) % every == 0) for every in (config.grid_every, config.evaluate.every)]
         look(epoch + 1, *due)
         if accelerator.is_main_process and (last or (epoch + 1) % config.save_every == 0):
             save_checkpoint(run_dir, epoch + 1, policy, optimizer, scaler, tracker, config.keep_checkpoints)
         accelerator.wait_for_everyone()
-        trajectories = latents = prompt_embeds = None  # room for the next round's
         if last:
             break
     epochs.close()

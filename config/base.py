@@ -68,6 +68,9 @@ def get_config():
     train.batch_size = 8  # (memory) transitions (x_t, t, x_t-1) per forward and backward pass and process; 0: see above
     train.gradient_checkpointing = False  # (memory) recompute activations in the backward pass: slower, far smaller
     train.learning_rate = 3e-4
+    train.warmup_updates = (
+        0  # over which the learning rate rises to that: Adam's first steps move every weight by all of it
+    )
     train.adam_beta1 = 0.9
     train.adam_beta2 = 0.999
     train.adam_weight_decay = 1e-4
@@ -119,6 +122,7 @@ def check(config, processes=1):
         ("stats.buffer_size", config.stats.buffer_size, 1), ("stats.min_count", config.stats.min_count, 1),
         ("stats.max_age", config.stats.max_age, 0), ("train.updates_per_epoch", train.updates_per_epoch, 1),
         ("train.inner_epochs", train.inner_epochs, 1), ("train.batch_size", train.batch_size, 0),
+        ("train.warmup_updates", train.warmup_updates, 0),
         ("evaluate.every", config.evaluate.every, 0), ("evaluate.limit", config.evaluate.limit, 1),
         ("evaluate.count", config.evaluate.count, 2 if config.evaluate.clip else 1),
     ):  # fmt: skip

@@ -29,7 +29,7 @@ LABELS = {
     "ddpo_is": "DDPO-IS", "ddpo_sf": "DDPO-SF", "rwr": "RWR", "rwr_sparse": "RWR-sparse", "unweighted": "no reward",
     "rank_1": "rank 1", "rank_4": "rank 4", "rank_16": "rank 16", "rank_64": "rank 64",
     "compressibility": "compressibility: - kB", "incompressibility": "incompressibility: kB",
-    "alignment": "alignment: CLIPScore",
+    "aesthetic": "a reward learned from choices",
 }  # fmt: skip
 plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 plt.rcParams["svg.hashsalt"] = "ddpo"  # the same file for the same numbers
@@ -204,10 +204,10 @@ def draw_lora(jobs, full):
     full = [job for job in full if (job.panel, job.curve) == (jobs[0].panel, "ddpo_is")]
     figure, panels = plt.subplots(1, 4, figsize=(9, 2.7), layout="constrained", width_ratios=[2, 1, 1, 1])
     curves = by_curve(jobs, jobs[0].panel) | {"full": full}
-    colours = []
+    colours, queries = [], jobs[0].metrics["reward_queries"]  # fig4's runs are longer
     for curve, mine in curves.items():
         name = f"{LABELS.get(curve, curve)}, {mine[0].rate:g}"
-        colours.append(plot_band(panels[0], mine[0].metrics["reward_queries"], rewards_of(mine), name))
+        colours.append(plot_band(panels[0], queries, rewards_of(mine)[:, : len(queries)], name))
     panels[0].set(title="mean reward (- kB), learning rate", xlabel="reward queries")
     panels[0].legend(fontsize=6)
     costs = {

@@ -11,6 +11,7 @@ i // samples_per_update, and each update's samples are split over the processes 
 number of processes nor a resume changes what is computed.
 """
 
+import contextlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -110,11 +111,12 @@ def train(config, preset):
 
     def look(epoch, grid, measure):
         """Pictures of the same prompts and noise in every epoch: drawn for the eye, and measured."""
-        with policy.averaged():
-            if grid and accelerator.is_main_process:
+        grid, measure = grid and accelerator.is_main_process, measure and evaluate
+        with policy.averaged() if grid or measure else contextlib.nullcontext():
+            if grid:
                 path = os.path.join(run_dir, "images", f"epoch_{epoch:04d}.png")
                 draw_grid(policy, prompt_set, config.grid_images, sample, noise_shape, config.seed).save(path)
-            if evaluate and measure:
+            if measure:
                 measured = evaluate()
                 if accelerator.is_main_process:
                     log_metrics(accelerator, run_dir, {"epoch": epoch, **measured}, "evaluation")
@@ -276,9 +278,13 @@ def train(config, preset):
                 tqdm.write(guards.RATIO_WARNING.format(metrics["ratio_error"], opt.clip_range))
         trajectories = latents = prompt_embeds = None  # room for other pictures
         due = [last or (every and (epoch + 1) % every == 0) for every in (config.grid_every, config.evaluate.every)]
-        look(epoch + 1, *due)
-        if accelerator.is_main_process and (last or (epoch + 1) % config.save_every == 0):
-            save_checkpoint(run_dir, epoch + 1, policy, optimizer, scaler, tracker, config.keep_checkpoints)
+        failed = True
+        try:
+            look(epoch + 1, *due)
+            failed = False
+        finally:  # a judge that is only to measure must not cost the rounds since the last checkpoint
+            if accelerator.is_main_process and (failed or last or (epoch + 1) % config.save_every == 0):
+                save_checkpoint(run_dir, epoch + 1, policy, optimizer, scaler, tracker, config.keep_checkpoints)
         accelerator.wait_for_everyone()
         if last:
             break

@@ -96,7 +96,9 @@ def get_config():
     evaluate.limit = 30  # prompts at most, of those trained on and of those held out
     evaluate.count = 2  # pictures per prompt, with the sampler's noise and again without
     evaluate.clip = ""  # CLIP model whose embeddings diversity is measured by; empty: none
-    evaluate.classifier = ""  # folder of an image classifier that is to name the prompt's animal; empty: none
+    evaluate.classifier = (
+        ""  # models/emoji/classifier, or one like it, that is to name the prompt's animal; empty: none
+    )
     return config.lock()  # a preset that misspells a key fails
 
 

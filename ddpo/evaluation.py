@@ -22,30 +22,38 @@ EVALUATION = GRID + 1  # the "epoch" whose noise is used, with seed 0 in every r
 
 
 def split_prompts(prompt_set, held_out):
-    """(pairs to train on, pairs held out): the latter a share `held_out` of a list of (prompt, metadata) pairs, chosen
-    at random, but the same ones whatever the run's seed. Raises InputError if nothing is left to train on."""
-    count = round(held_out * len(prompt_set))
-    if count == len(prompt_set):
-        raise InputError(f"held_out = {held_out} of {len(prompt_set)} prompts leaves none to train on")
-    chosen = set(np.random.default_rng(0).permutation(len(prompt_set))[:count].tolist())
-    return [p for i, p in enumerate(prompt_set) if i not in chosen], [prompt_set[i] for i in sorted(chosen)]
+    """(pairs to train on, pairs held out): the latter those of a share `held_out` of the different prompts in a list of
+    (prompt, metadata) pairs, chosen at random, but the same ones whatever the run's seed. Raises InputError if one of
+    the two would be empty."""
+    texts = list(dict.fromkeys(prompt for prompt, _ in prompt_set))
+    count = round(held_out * len(texts))
+    if held_out and not 0 < count < len(texts):
+        left = "leaves none to train on" if count else "holds none out"
+        raise InputError(f"held_out = {held_out:g} of {len(texts)} prompts {left}")
+    chosen = {texts[i] for i in np.random.default_rng(0).permutation(len(texts))[:count]}
+    return [pair for pair in prompt_set if pair[0] not in chosen], [pair for pair in prompt_set if pair[0] in chosen]
 
 
 def choose_prompts(pairs, limit, seen=()):
-    """At most `limit` of some (prompt, metadata) pairs, always the same ones, in their order, none of them among the
-    pairs `seen`."""
+    """At most `limit` of some (prompt, metadata) pairs, always the same ones, in their order, each prompt once, none of
+    them among the pairs `seen`."""
     prompts_seen = {prompt for prompt, _ in seen}
-    pairs = [pair for pair in pairs if pair[0] not in prompts_seen]
+    pairs = [pair for pair in dict(pairs).items() if pair[0] not in prompts_seen]
     return [pairs[i] for i in sorted(np.random.default_rng(0).permutation(len(pairs))[:limit].tolist())]
 
 
-@torch.no_grad()
-def named_animals(images, folder):
-    """The label that the image classifier in `folder` gives each of B PIL images, or InputError if there is none."""
+def load_classifier(folder):
+    """An image classifier that takes pictures as they are, scaled to -1..1: models/emoji/classifier, or one made like
+    it. Raises InputError if there is none."""
     try:
-        classifier = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+        return AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
         raise not_found(folder, error) from error
+
+
+@torch.no_grad()
+def named_animals(images, classifier):
+    """The label that the classifier gives each of B PIL images."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float()
     labels = torch.cat([classifier(batch / 127.5 - 1).logits.argmax(1) for batch in pixels.split(64)])
     return [classifier.config.id2label[label] for label in labels.tolist()]
@@ -59,23 +67,25 @@ def diversity(embeddings, count):
     return float(1 - ((sums**2).sum(-1) - count).mean() / (count**2 - count))
 
 
-def score(images, pairs, judges, clip, classifier):
-    """{name: (B,) values} of B pictures of B (prompt, metadata) pairs, and their "embedding" (B, D)."""
+def score(images, pairs, judges, clip, classifier, timeout):
+    """{name: (B,) values} of B pictures of B (prompt, metadata) pairs, and their "embedding" (B, D). Accuracy is nan
+    where the prompt's last word, or the metadata's "animal", is none of the classifier's labels."""
     texts, metadata = map(list, zip(*pairs))
     values = {}
     for name, judge in judges.items():
-        own, info = rewards.compute_rewards(judge, images, texts, metadata)
+        own, info = rewards.compute_rewards(judge, images, texts, metadata, timeout)
         values |= {name: own, **info}
     if clip:
         values["embedding"] = embed_images(clip, images).cpu().numpy()
     if classifier:
-        animals = [m.get("animal", text.split()[-1]) for text, m in pairs]
+        animals, labels = [m.get("animal", text.split()[-1]) for text, m in pairs], classifier.config.label2id
         named = named_animals(images, classifier)
-        values["classifier_accuracy"] = np.array([a == b for a, b in zip(named, animals)], dtype=np.float32)
+        right = [float(a == b) if a in labels else np.nan for a, b in zip(animals, named)]
+        values["classifier_accuracy"] = np.array(right, dtype=np.float32)
     return values
 
 
-def evaluate(policy, sets, count, judges, sample, clip=None, classifier="", seed=0):
+def evaluate(policy, sets, count, judges, sample, clip=None, classifier=None, seed=0, timeout=0):
     """Draws `count` pictures of each prompt and measures them; the processes share the work.
 
     Args:
@@ -83,9 +93,10 @@ def evaluate(policy, sets, count, judges, sample, clip=None, classifier="", seed
         sets: {"seen": (prompt, metadata) pairs, "held_out": pairs}.
         judges: {name: reward}, the run's own first, as "reward_mean".
         sample: a config's `sample`.
-        clip: what `load_clip` returns, whose embeddings diversity is measured by. classifier: folder of an image
-            classifier that is to name the prompt's animal. Either may be missing.
+        clip: what `load_clip` returns, whose embeddings diversity is measured by. classifier: what `load_classifier`
+            returns, which is to name the prompt's animal. Either may be missing.
         seed: of the noise.
+        timeout: seconds that a judge may take for sample.batch_size pictures; 0: no limit.
     Returns:
         {"seen, stochastic": {name: mean, "diversity": ..., "by_prompt": {prompt: mean reward}}, ...} and {"seen,
         stochastic": PIL images of this process's first pictures, ...}.
@@ -105,13 +116,17 @@ def evaluate(policy, sets, count, judges, sample, clip=None, classifier="", seed
                     sample.guidance_scale, eta, sample.batch_size,
                     progress=f"evaluation: {kind}, {sampling}" if state.is_main_process else None,
                 ).images  # fmt: skip
-                scored = [score(images, [drawn[i] for i in mine], judges, clip, classifier)]
+                size = sample.batch_size or len(mine)  # as judges are asked in training
+                for start in range(0, len(mine), size):
+                    part = [drawn[i] for i in mine[start : start + size]]
+                    scored.append(score(images[start : start + size], part, judges, clip, classifier, timeout))
                 shown[f"{kind}, {sampling}"] = images[:8]
             first += len(drawn)
             parts = gather_object(scored)
             values = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             embeddings = values.pop("embedding", None)
-            measured = {key: float(value.mean()) for key, value in values.items()}
+            known = {key: value[~np.isnan(value)] for key, value in values.items()}
+            measured = {key: float(value.mean()) for key, value in known.items() if len(value)}
             if embeddings is not None and count > 1:
                 measured["diversity"] = diversity(embeddings, count)
             by_prompt = values[next(iter(judges))].reshape(count, len(pairs)).mean(0).tolist()
@@ -139,6 +154,8 @@ def load_evaluation(config, policy, reward_fn, trained_on, held_out):
     """
     options, device = config.evaluate, policy.device
     others = prompts.get_prompts(options.prompts) if options.prompts else held_out
+    if options.prompts and not choose_prompts(others, 1, trained_on):
+        raise InputError(f"evaluate.prompts = {options.prompts}: all of them are trained on")
     sets = {
         "seen": choose_prompts(trained_on, options.limit),
         "held_out": choose_prompts(others, options.limit, trained_on),
@@ -146,8 +163,12 @@ def load_evaluation(config, policy, reward_fn, trained_on, held_out):
     sets = {kind: pairs for kind, pairs in sets.items() if pairs}
     everything = [pair for pairs in sets.values() for pair in pairs]
     prompts.check_length([prompt for prompt, _ in everything], policy.pipe.tokenizer)
-    names = [name for name in options.rewards.replace(" ", "").split(",") if name]
+    names = [name.strip() for name in options.rewards.split(",") if name.strip()]
+    getattr(reward_fn, "check", lambda pairs: None)(everything)
     judges = {"reward_mean": reward_fn}
     judges |= {name: rewards.get_reward(name, device, config.reward_options, everything) for name in names}
     clip = load_clip(options.clip, device) if options.clip else None
-    return lambda: evaluate(policy, sets, options.count, judges, config.sample, clip, options.classifier)[0]
+    classifier = load_classifier(options.classifier) if options.classifier else None
+    return lambda: evaluate(
+        policy, sets, options.count, judges, config.sample, clip, classifier, timeout=config.reward_timeout
+    )[0]

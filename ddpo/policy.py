@@ -43,7 +43,7 @@ class Policy:
         self.is_xl = isinstance(pipe, StableDiffusionXLPipeline)
         self.unet, self.vae, self.scheduler = pipe.unet, pipe.vae, pipe.scheduler
         self.ema = self._base_unet = None
-        self._embeddings = {}
+        self._embeddings, self._time_ids = {}, {}
 
     def forward(self, latents, timesteps, prompt_embeds):
         """The UNet's output (B, C, H, W) in float32, computed in the policy's precision. Sampling and training both
@@ -51,7 +51,10 @@ class Policy:
         conditions = None
         if self.is_xl:  # the picture's size and crop, and the pooled embedding (see `embed`)
             height, width = (side * self.pipe.vae_scale_factor for side in latents.shape[-2:])
-            time_ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=latents.device)
+            if (height, width) not in self._time_ids:  # copied to the device once: a copy would wait for it each time
+                ids = torch.tensor([height, width, 0.0, 0.0, height, width], device=latents.device)
+                self._time_ids[height, width] = ids
+            time_ids = self._time_ids[height, width]
             pooled = prompt_embeds[:, -1, : self.pipe.text_encoder_2.config.projection_dim]
             conditions = {"text_embeds": pooled, "time_ids": time_ids.expand(len(latents), -1)}
             prompt_embeds = prompt_embeds[:, :-1]
@@ -196,6 +199,8 @@ def load_pipeline(model):
         where = "is not a StableDiffusionPipeline folder" if os.path.isdir(model) else (
             "is not a folder here and could not be had from the hub")  # fmt: skip
         raise InputError(f"model {model!r} {where}: {str(error).strip().splitlines()[0]}") from error
+    if None in (pipe.text_encoder, pipe.tokenizer) or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        raise InputError(f"model {model!r} is not a text-to-image model (an inpainting model, or SDXL's refiner?)")
     # DDIM with the noise schedule of whatever sampler the model came with; what its file leaves unsaid is as in SD 1.x.
     config = pipe.scheduler.config
     said = {"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False}

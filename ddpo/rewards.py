@@ -211,7 +211,12 @@ def get_reward(expression, device="cpu", options=None, prompt_set=()):
             infos |= {term: values, **info}
         return total, infos
 
-    mixed.__name__ = expression
+    def check(prompt_set):
+        for _, _, reward in terms:
+            if hasattr(reward, "check"):
+                reward.check(prompt_set)
+
+    mixed.__name__, mixed.check = expression, check
     return mixed
 
 

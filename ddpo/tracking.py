@@ -9,7 +9,7 @@ from netrc import NetrcParseError, netrc
 
 from PIL import Image, ImageDraw
 
-from config.base import NO_EFFECT
+from config.base import NO_EFFECT, get_config
 from ddpo.guards import lock_run
 
 
@@ -21,6 +21,7 @@ def start_run(run_dir, config):
     if os.path.exists(path):
         with open(path) as f:
             old = flatten(json.load(f))
+        old = flatten(get_config()) | old  # a run older than an option has had its default
         for key in sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k)):
             if key not in ("run_dir", "resume", "num_epochs"):
                 matters = (

@@ -16,7 +16,7 @@ import os
 
 from ddpo import InputError, prompts, rewards, run_script
 from ddpo.clip import load_clip
-from ddpo.evaluation import choose_prompts, evaluate, split_prompts
+from ddpo.evaluation import choose_prompts, evaluate, load_classifier, split_prompts
 from ddpo.policy import load_weights
 from ddpo.tracking import image_grid
 from scripts.sample import open_run
@@ -43,7 +43,8 @@ def main():
 
     config, policy, folder = open_run(args.run, args.checkpoint)
     seen_set, held_out_set = args.prompts or config.prompts, args.held_out
-    seen, held_out = split_prompts(prompts.get_prompts(seen_set), config.get("held_out", 0.0))
+    share = config.get("held_out", 0.0) if seen_set == config.prompts else 0.0
+    seen, held_out = split_prompts(prompts.get_prompts(seen_set), share)
     if held_out_set or not held_out:
         held_out_set = held_out_set or ("common_animals" if seen_set == "animal_activities" else "animal_activities")
         held_out = prompts.get_prompts(held_out_set)
@@ -56,16 +57,17 @@ def main():
     judges = {"reward_mean": rewards.get_reward(config.reward, policy.device, options, everything)}
     judges |= {name: rewards.get_reward(name, policy.device, options, everything) for name in args.rewards}
     clip = load_clip(args.clip, policy.device)
+    classifier = load_classifier(args.classifier) if args.classifier else None
     sample.guidance_scale = args.guidance_scale or sample.guidance_scale
     policy.scheduler.set_timesteps(sample.num_steps)
 
-    result = {"prompts": {"seen": seen_set, "held_out": held_out_set or f"{config.held_out:g} of {seen_set}"}}
+    result = {"prompts": {"seen": seen_set, "held_out": held_out_set or f"{share:g} of {seen_set}"}}
     result |= {"count": args.count, "guidance_scale": sample.guidance_scale}
     columns, rows = min(8, *map(len, sets.values())), {}
     for name in ("base", "finetuned"):
         if name == "finetuned":
             load_weights(policy, folder)
-        measured, pictures = evaluate(policy, sets, args.count, judges, sample, clip, args.classifier, args.seed)
+        measured, pictures = evaluate(policy, sets, args.count, judges, sample, clip, classifier, args.seed)
         for section, values in measured.items():
             result.setdefault(section, {})[name] = values
             rows[section, name] = pictures[section][:columns]

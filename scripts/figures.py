@@ -181,7 +181,7 @@ def draw_fig6(aligned, compressed):
 
 
 def draw_fig7(jobs):
-    """Training far past the point: the reward and what it was not trained on; pictures of the same noise below."""
+    """Training without a stop: the reward, and what it was not trained on; pictures of the same noise below."""
     figure = plt.figure(figsize=(7, 5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1, 1])
     panels = above.subplots(1, 4)
@@ -224,8 +224,8 @@ def draw_lora(jobs, full):
 
 
 def draw_ablations(jobs):
-    """A column per option: above the reward at the end, below what a judge that was not trained on says, with the base
-    model's as a line. A dot per seed, a bar for the mean; the default is in grey."""
+    """A column per option: above what the reward gained over the base model, below the change by a judge that was not
+    trained on. A dot per seed, a bar for the mean; the default is in grey."""
     default = [job for job in jobs if job.panel == "default"]
     figure, grid = plt.subplots(2, len(ABLATIONS), figsize=(10, 4), sharey="row", layout="constrained")
     measures = {"reward_mean": "gain in reward (kB)", "classifier_accuracy": "animal named, change"}

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddpo import InputError, prompts, rewards, run_script
-from ddpo.evaluation import named_animals
+from ddpo.evaluation import load_classifier, named_animals
 from ddpo.reward_model import rank_correlation
 from ddpo.tracking import image_grid
 from scripts.annotate import read_pairs, shown
@@ -142,7 +142,7 @@ def measure(args):
     result, grids = {"pictures": len(texts)}, []
     for name, pictures in base_and_finetuned(policy, folder, texts, config.sample, 2_000_000 + args.seed * 10**6):
         tastes = [taste(picture) for picture in pictures]
-        named = named_animals(pictures, "models/emoji/classifier")
+        named = named_animals(pictures, load_classifier("models/emoji/classifier"))
         result[name] = {
             **{key: float(np.mean([t[key] for t in tastes])) for key in tastes[0]},
             "taste_std": float(np.std([t["taste"] for t in tastes])),

@@ -26,7 +26,7 @@ import torch
 
 from config.sweeps import SEEDS, SWEEPS, job_of, seed_jobs, tuning_jobs
 from ddpo import InputError, choose, run_script
-from ddpo.tracking import list_checkpoints
+from ddpo.tracking import flatten, list_checkpoints
 from scripts.plot import read_metrics
 from scripts.provenance import commit, processor
 
@@ -43,8 +43,10 @@ def start(run_dir, options, threads):
     command, where = train_command(options, threads), f"--config.run_dir={run_dir}"
     if os.path.exists(os.path.join(run_dir, "config.json")):
         with open(os.path.join(run_dir, "config.json")) as f:
-            epochs = json.load(f)["num_epochs"]
-        if any(folder.endswith(f"epoch_{epochs:04d}") for folder in list_checkpoints(run_dir)):
+            config = flatten(json.load(f))
+        if any(str(config[key]) != str(value) for key, value in options.items() if key != "config"):
+            raise InputError(f"{run_dir} was begun with other options: remove it")
+        if any(folder.endswith(f"epoch_{config['num_epochs']:04d}") for folder in list_checkpoints(run_dir)):
             return None
         where = f"--config.resume={run_dir}"
     os.makedirs(run_dir, exist_ok=True)
@@ -91,7 +93,16 @@ def run_jobs(jobs, args):
     results, runs = (
         {job: os.path.join(parent, args.name, job) for job in jobs} for parent in (args.results, args.runs)
     )
-    waiting = [job for job in jobs if not os.path.exists(os.path.join(results[job], "job.json"))]
+    waiting = []
+    for job, options in jobs.items():
+        path = os.path.join(results[job], "job.json")
+        if not os.path.exists(path):
+            waiting.append(job)
+            continue
+        with open(path) as f:
+            made = shlex.split(json.load(f)["command"])[1:]
+        if made[:-1] != train_command(options, args.threads)[:-1]:  # the last is how many threads
+            raise InputError(f"{results[job]} was made with other options: remove it")
     done, failed, running, seconds = len(jobs) - len(waiting), [], {}, []
     print(f"{args.name}: {len(jobs)} jobs, {done} of them done", flush=True)
     cores = "" if torch.cuda.is_available() else f", {os.cpu_count()} cores"

@@ -9,7 +9,7 @@ from conftest import ROOT
 from transformers import CLIPModel, CLIPProcessor
 
 from ddpo import emoji, prompts
-from ddpo.evaluation import named_animals
+from ddpo.evaluation import load_classifier, named_animals
 from ddpo.pipeline_logprob import sample_with_logprob
 from ddpo.policy import load_policy
 
@@ -71,7 +71,7 @@ def drawn():
 
 
 def test_the_embedded_model_draws_the_animals(drawn):
-    named = named_animals(drawn, f"{MODEL}/classifier")
+    named = named_animals(drawn, load_classifier(f"{MODEL}/classifier"))
     assert np.mean([a == b for a, b in zip(named, emoji.ANIMALS)]) > 0.8
 
 

@@ -7,11 +7,23 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch, make_clip
+from conftest import ROOT, SMALL, launch, make_clip
+from PIL import Image
 from test_train import metrics
 
-from ddpo import InputError, prompts
-from ddpo.evaluation import choose_prompts, diversity, split_prompts
+import train
+from config.base import get_config
+from ddpo import InputError, prompts, rewards
+from ddpo.evaluation import (
+    choose_prompts,
+    diversity,
+    evaluate,
+    load_classifier,
+    named_animals,
+    score,
+    split_prompts,
+)
+from ddpo.policy import load_policy
 
 EVERY = {
     "held_out": 0.4, "evaluate__every": 1, "evaluate__limit": 3, "evaluate__rewards": "jpeg_incompressibility",
@@ -43,14 +55,50 @@ def test_diversity_is_the_mean_distance_over_all_pairs():
     assert diversity(e[:3].repeat(4, 1).numpy(), 4) == pytest.approx(0, abs=1e-6)
 
 
+def test_each_prompt_gets_its_own_mean_and_each_judge_small_batches(tiny):
+    """By judges that see nothing but prompt and metadata."""
+    policy = load_policy(tiny, 0, "fp32", "cpu")
+    policy.scheduler.set_timesteps(2)
+    sample = get_config().sample
+    sample.num_steps, sample.batch_size, sample.guidance_scale = 2, 4, 1.0
+    asked = []
+
+    def length(images, prompts, metadata):
+        asked.append(len(images))
+        return np.array([len(prompt) for prompt in prompts]), {"metadata": np.array([m["n"] for m in metadata])}
+
+    pairs = [("a cat", {"n": 1}), ("a zebra", {"n": 2}), ("an old ant", {"n": 6})]
+    sets = {"seen": pairs[:2], "held_out": pairs}
+    result, shown = evaluate(policy, sets, 3, {"reward_mean": length}, sample)
+    assert asked == [4, 2, 4, 4, 1] * 2
+    for section, measured in result.items():
+        chosen = pairs[: 2 + section.startswith("held_out")]
+        assert measured["by_prompt"] == {prompt: len(prompt) for prompt, _ in chosen}
+        assert measured["metadata"] == pytest.approx(np.mean([m["n"] for _, m in chosen]))
+        assert len(shown[section]) == min(8, 3 * len(chosen))
+
+
+def test_the_classifier_is_asked_for_what_it_can_name():
+    classifier = load_classifier(ROOT / "models/emoji/classifier")
+    pairs = [("a cat", {}), ("a cat on a mat", {}), ("two cats", {"animal": "cat"}), ("a sofa", {})]
+    images = [Image.new("RGB", (64, 64))] * 4
+    named = named_animals(images, classifier)[0]
+    right = score(images, pairs, {}, None, classifier, 0)["classifier_accuracy"]
+    expected = float(named == "cat")
+    np.testing.assert_array_equal(right, [expected, np.nan, expected, np.nan])
+
+
 def test_held_out_prompts_are_the_others():
     pairs = prompts.animal_activities()
     trained_on, held_out = split_prompts(pairs, 0.3)
     assert len(held_out) == 40 and sorted(p for p, _ in trained_on + held_out) == sorted(p for p, _ in pairs)
     assert (trained_on, held_out) == split_prompts(pairs, 0.3)
     assert split_prompts(pairs, 0) == (pairs, [])
-    with pytest.raises(InputError, match="held_out = 0.999 of 135 prompts leaves none"):
-        split_prompts(pairs, 0.999)
+    for share, message in ((0.999, "leaves none to train on"), (0.001, "holds none out")):
+        with pytest.raises(InputError, match=f"held_out = {share} of 135 prompts {message}"):
+            split_prompts(pairs, share)
+    twice = split_prompts(pairs + pairs, 0.3)  # a file may repeat lines
+    assert twice == (trained_on * 2, held_out * 2) and choose_prompts(twice[1], 135) == held_out
     others = choose_prompts(pairs, 10, seen=trained_on)
     assert len(others) == 10 and all(pair in held_out for pair in others)
 
@@ -70,7 +118,7 @@ def test_a_run_is_evaluated_as_the_script_evaluates_it(evaluated, clip):
         for section in sections:
             ours, theirs = line[section], script[section][name]
             assert ours.keys() == theirs.keys() >= {"reward_mean", "jpeg_incompressibility", "diversity", "by_prompt"}
-            for key in ours.keys() - {"by_prompt"}:
+            for key in ours:
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-4), (section, key)
             assert ours["reward_mean"] == pytest.approx(-ours["jpeg_incompressibility"], rel=1e-6)
             assert np.mean(list(ours["by_prompt"].values())) == pytest.approx(ours["reward_mean"], rel=1e-5)
@@ -101,14 +149,15 @@ def test_a_resumed_run_in_two_processes_evaluates_the_same(tiny, clip, tmp_path,
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     for line, alone in zip(lines, evaluations(evaluated)):
         for section in line.keys() - {"epoch"}:
-            for key in line[section].keys() - {"by_prompt"}:
+            for key in line[section]:
                 assert line[section][key] == pytest.approx(alone[section][key], rel=1e-3), (section, key)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"held_out": 1.0}, "held_out = 1.0 of 45 prompts leaves none to train on"),
+        ({"held_out": 1.0}, "held_out = 1 of 45 prompts leaves none to train on"),
+        ({"evaluate__every": 1, "evaluate__prompts": "common_animals"}, "all of them are trained on"),
         ({"held_out": -0.1}, "held_out = -0.1 must be at least 0, at most 1"),
         ({"evaluate__every": 1, "evaluate__rewards": "jpeg_compresibility"}, "jpeg_compressibility"),
         (
@@ -122,3 +171,24 @@ def test_mistakes(tiny, tmp_path, options, message):
     result = launch(model=tiny, run_dir=tmp_path / "run", direct=True, check=False, **options)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode != 0 and len(errors) == 1 and message in errors[0]
+
+
+def test_a_judge_that_fails_costs_no_weights(tiny, tmp_path, monkeypatch):
+    """A judge that is there at the start and gone after the first round: the round is saved all the same."""
+    calls = []
+
+    def fickle(images, prompts, metadata):
+        calls.append(len(images))
+        if len(calls) > 4:  # two sections of the first evaluation, each of two batches
+            raise ConnectionError("the server went away")
+        return np.zeros(len(images)), {}
+
+    monkeypatch.setitem(rewards.REWARDS, "fickle", fickle)
+    monkeypatch.setattr(train.guards.signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
+    config = get_config()
+    own = {"model": tiny, "run_dir": str(tmp_path / "run"), "evaluate.every": 1, "evaluate.rewards": "fickle"}
+    config.update_from_flattened_dict({**SMALL, **own, "evaluate.limit": 4, "save_every": 10})
+    with pytest.raises(InputError, match="fickle raised ConnectionError: the server went away"):
+        train.train(config, "test")
+    assert [line["epoch"] for line in evaluations(tmp_path / "run")] == [0]
+    assert (tmp_path / "run/checkpoints/epoch_0001/state.pt").exists()

@@ -53,8 +53,16 @@ def test_a_stopped_sweep_goes_on_and_its_results_are_drawn(tiny, tmp_path, monke
         assert facts.keys() == {"command", "commit", "hardware", "threads", "seconds", "weights_mb"}
         assert f"seed={job[-1]}" in str(facts) and facts["weights_mb"] > 0
         assert list((results / "fig4" / job).glob("epoch_0002.png"))
+    begin = sweep.start
     monkeypatch.setattr(sweep, "start", None)  # nothing may be started
     assert command(*arguments).count("jobs, 2 of them done") == 1
+
+    other = {"task-ddpo_is": {**curves["task-ddpo_is"], "sample.num_steps": 2}}
+    monkeypatch.setattr(sweep, "SWEEPS", {"fig4": lambda: other})
+    monkeypatch.setattr(sweep, "start", begin)
+    for folder, where in ((results, results), (tmp_path / "none", runs)):
+        with pytest.raises(InputError, match=f"{where}.*ddpo_is-lr0.001-seed0 was .* with other options: remove it"):
+            command(monkeypatch, capsys, sweep.main, "fig4", "--runs", runs, "--results", folder)
 
     arguments = "fig4", "--results", results, "--output", tmp_path
     out = command(monkeypatch, capsys, figures.main, *arguments)
@@ -66,7 +74,7 @@ def test_a_stopped_sweep_goes_on_and_its_results_are_drawn(tiny, tmp_path, monke
         command(monkeypatch, capsys, figures.main, "fig4", "--results", tmp_path / "none")
 
 
-@pytest.mark.parametrize("name", figures.FIGURES)
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "results/figures").glob("*.png")))
 def test_figures_are_drawn_from_what_is_committed(name, tmp_path, monkeypatch, capsys):
     """Every figure that the repo holds, from results/sweeps alone."""
     out = command(monkeypatch, capsys, figures.main, name, "--output", tmp_path)

@@ -175,6 +175,20 @@ def test_the_other_options(tiny, tmp_path):
     assert len(metrics(run)) == 3
 
 
+def test_warm_up(tiny, tmp_path):
+    """The first of four updates of warm-up is a quarter of the learning rate; a resumed run goes on with the second."""
+    options = {"model": tiny, "direct": True, "train__updates_per_epoch": 1, "save_every": 1, "keep_checkpoints": 0}
+    launch(run_dir=tmp_path / "warm", train__learning_rate=4e-3, train__warmup_updates=4, **options)
+    launch(run_dir=tmp_path / "plain", train__learning_rate=1e-3, num_epochs=1, **options)
+    launch(run_dir=tmp_path / "parts", train__learning_rate=4e-3, train__warmup_updates=4, num_epochs=1, **options)
+    launch(resume=tmp_path / "parts", num_epochs=2, direct=True, train__updates_per_epoch=1)
+    for epoch, other in ((1, "plain"), (2, "parts")):
+        ours, theirs = weights(tmp_path / "warm", epoch), weights(tmp_path / other, epoch)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    first = weights(tmp_path / "warm", 1)
+    assert any(not torch.equal(first[key], value) for key, value in ours.items())
+
+
 def test_sample_and_plot_and_evaluate(tiny, tmp_path):
     """The commands that README gives for a finished run."""
     reference = tmp_path / "run"

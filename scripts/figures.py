@@ -90,28 +90,6 @@ def rewards_of(jobs):
     return np.stack([job.metrics["reward_mean"] for job in jobs])
 
 
-def fill(axes_of, panels):
-    """Takes the axes that no panel uses off the figure."""
-    for axes in axes_of[len(panels) :]:
-        axes.remove()
-
-
-def draw_rewards(jobs):
-    """Reward against reward queries: a panel per task, a curve per method."""
-    panels = [p for p in LABELS if any(job.panel == p for job in jobs)] or sorted({job.panel for job in jobs})
-    figure, grid = plt.subplots(1, len(panels), figsize=(3.0 * len(panels), 2.6), squeeze=False, layout="constrained")
-    handles = {}
-    for axes, panel in zip(grid.flat, panels):
-        for curve, mine in by_curve(jobs, panel).items():
-            plot_band(axes, mine[0].metrics["reward_queries"], rewards_of(mine), LABELS.get(curve, curve))
-        for line in axes.lines:
-            handles.setdefault(line.get_label(), line)
-        axes.set(title=LABELS.get(panel, panel), xlabel="reward queries")
-    grid[0, 0].set_ylabel("mean reward of a round")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
-    return figure
-
-
 def grid_pictures(path, count):
     """The pictures in a run's picture grid of `count` (ddpo/tracking.py: image_grid)."""
     grid = Image.open(path)
@@ -121,17 +99,44 @@ def grid_pictures(path, count):
     return [grid.crop((x, y, x + width - 2, y + height - 2 - 13)) for x, y in corners]
 
 
-def draw_pictures(axes_of, job, indices):
-    """Pictures of the same prompts and noise over training: an axes for each grid of a job, with its pictures `indices`
-    below each other."""
-    paths = sorted(glob.glob(os.path.join(job.folder, "epoch_*.png")))
-    steps = np.linspace(0, len(paths) - 1, len(axes_of)).round().astype(int)
-    for axes, step in zip(axes_of, steps):
-        pictures = grid_pictures(paths[step], job.config["grid_images"])
-        axes.imshow(np.concatenate([np.asarray(pictures[i]) for i in indices]))
-        epoch = int(re.search(r"epoch_(\d+)", paths[step]).group(1))
-        axes.set_title(f"{epoch * job.config['sample']['images_per_epoch']} queries", fontsize=8)
-        axes.set_axis_off()
+def show(axes, grid, job, indices, title):
+    """Some pictures of one of a job's picture grids, below each other."""
+    pictures = grid_pictures(os.path.join(job.folder, grid), job.config["grid_images"])
+    axes.imshow(np.concatenate([np.asarray(pictures[i]) for i in indices]))
+    axes.set_title(title, fontsize=7)
+    axes.set_axis_off()
+
+
+def draw_over_training(axes_of, job, indices):
+    """Pictures of the same prompts and noise over training: an axes for each grid of a job."""
+    grids = sorted(os.path.basename(path) for path in glob.glob(os.path.join(job.folder, "epoch_*.png")))
+    for axes, step in zip(axes_of, np.linspace(0, len(grids) - 1, len(axes_of)).round().astype(int)):
+        queries = int(grids[step][6:10]) * job.config["sample"]["images_per_epoch"]  # epoch_0005.png
+        show(axes, grids[step], job, indices, f"{queries} queries")
+
+
+def draw_fig4(jobs):
+    """Reward against reward queries: a panel per task, a curve per algorithm; below, what the first seed draws last."""
+    panels = [label for label in LABELS if any(job.panel == label for job in jobs)] or sorted({j.panel for j in jobs})
+    figure = plt.figure(figsize=(3.0 * max(2, len(panels)), 4.4), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.6, 1])
+    handles = {}
+    columns = zip(
+        panels, above.subplots(1, len(panels), squeeze=False)[0], np.atleast_1d(below.subfigures(1, len(panels)))
+    )
+    for panel, axes, strip in columns:
+        curves = by_curve(jobs, panel)
+        for curve, mine in curves.items():
+            plot_band(axes, mine[0].metrics["reward_queries"], rewards_of(mine), LABELS.get(curve, curve))
+        for line in axes.lines:
+            handles.setdefault(line.get_label(), line)
+        axes.set(title=LABELS.get(panel, panel), xlabel="reward queries")
+        for picture, (curve, mine) in zip(strip.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+            last = f"epoch_{mine[0].config['num_epochs']:04d}.png"
+            show(picture, last, mine[0], range(min(3, mine[0].config["grid_images"])), LABELS.get(curve, curve))
+    above.axes[0].set_ylabel("mean reward of a round")
+    above.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    return figure
 
 
 def draw_fig5(jobs):
@@ -150,7 +155,7 @@ def draw_fig5(jobs):
     panels[0].set_ylabel("CLIPScore")
     above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     indices = range(min(2, jobs[0].config["grid_images"]))
-    draw_pictures(below.subplots(1, 5), jobs[0], indices)
+    draw_over_training(below.subplots(1, 5), jobs[0], indices)
     config = jobs[0].config
     trained_on = split_prompts(prompts.get_prompts(config["prompts"]), config["held_out"])[0]
     texts = [prompt for prompt, _ in trained_on[:: max(1, len(trained_on) // config["grid_images"])]]
@@ -195,7 +200,7 @@ def draw_fig7(jobs):
             plot_band(axes, jobs[0].queries_evaluated(), values, "animals " + kind.replace("_", " "))
         axes.set(title=title, xlabel="reward queries")
     above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    draw_pictures(below.subplots(1, 5), jobs[0], range(min(3, jobs[0].config["grid_images"])))
+    draw_over_training(below.subplots(1, 5), jobs[0], range(min(3, jobs[0].config["grid_images"])))
     return figure
 
 
@@ -246,7 +251,7 @@ def draw_ablations(jobs):
 
 
 FIGURES = {  # name -> how it is drawn, from the jobs of these sweeps
-    "fig4": (draw_rewards, "fig4"),
+    "fig4": (draw_fig4, "fig4"),
     "fig5": (draw_fig5, "fig5"),
     "fig6": (draw_fig6, "fig5", "fig7"),
     "fig7": (draw_fig7, "fig7"),

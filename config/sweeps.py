@@ -19,7 +19,8 @@ DDPO_RATES, RWR_RATES = (1e-4, 3e-4, 1e-3), (3e-5, 1e-4, 3e-4)  # three each; RW
 
 
 LONG = {
-    "num_epochs": 20, "train.learning_rate": (3e-4,), "held_out": 1 / 3, "evaluate.every": 5, "grid_every": 5,
+    "num_epochs": 30, "train.learning_rate": (3e-4,), "train.warmup_updates": 16, "held_out": 1 / 3,
+    "evaluate.every": 5, "grid_every": 5,
 }  # fmt: skip
 GROUPS = {"sample.images_per_prompt": 4}
 ABLATIONS = {  # panel -> what the default is called, and the options of each other value
@@ -71,9 +72,9 @@ def fig5():
     options = {
         "config": "config/emoji.py:alignment,full", "evaluate.limit": 45, "sample.num_steps": 3, **GROUPS,
         "advantage": "per_group", "sample.images_per_epoch": 64, "sample.batch_size": 16, "train.batch_size": 16,
-        "train.sigma_weighting": True, "train.warmup_updates": 16,
+        "train.sigma_weighting": True,
     }  # fmt: skip
-    return {"alignment-ddpo_is": {**SMALL, **LONG, **options, "train.learning_rate": (1e-4,), "num_epochs": 15}}
+    return {"alignment-ddpo_is": {**SMALL, **LONG, **options, "train.learning_rate": (1e-4,)}}
 
 
 def fig7():

@@ -19,7 +19,7 @@ DDPO_RATES, RWR_RATES = (1e-4, 3e-4, 1e-3), (3e-5, 1e-4, 3e-4)  # three each; RW
 
 
 LONG = {
-    "num_epochs": 30, "train.learning_rate": (3e-4,), "train.warmup_updates": 16, "held_out": 1 / 3,
+    "num_epochs": 20, "train.learning_rate": (3e-4,), "train.warmup_updates": 16, "held_out": 1 / 3,
     "evaluate.every": 5, "grid_every": 5,
 }  # fmt: skip
 GROUPS = {"sample.images_per_prompt": 4}
@@ -92,10 +92,10 @@ def lora():
 
 def ablations():
     """Panels of ABLATIONS, a curve per value that is not the default; all else as for ddpo_is in fig4,
-    but 6 rounds."""
+    but 5 rounds."""
     common = {
-        **SMALL, "config": "config/emoji.py:compressibility,full", "train.learning_rate": (3e-4,), "num_epochs": 6,
-        "evaluate.every": 6, "evaluate.rewards": "clipscore:models/emoji/clip",
+        **SMALL, "config": "config/emoji.py:compressibility,full", "train.learning_rate": (3e-4,), "num_epochs": 5,
+        "evaluate.every": 5, "evaluate.rewards": "clipscore:models/emoji/clip",
     }  # fmt: skip
     curves = {"default-default": common}
     for panel, (_, values) in ABLATIONS.items():

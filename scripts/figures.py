@@ -140,9 +140,9 @@ def draw_fig4(jobs):
 
 
 def draw_fig5(jobs):
-    """Alignment over training, a curve per activity, of prompts trained on; below, pictures of the same noise."""
-    figure = plt.figure(figsize=(6, 4.6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[1.5, 1])
+    """Alignment over training, a curve per activity; below, pictures of the same prompts and noise."""
+    figure = plt.figure(figsize=(6, 5.4), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.2, 1])
     panels = above.subplots(1, 2, sharey=True)
     for axes, kind in zip(panels, ("seen", "held_out")):
         for activity in prompts.ACTIVITIES:
@@ -154,7 +154,7 @@ def draw_fig5(jobs):
         axes.set(title=f"prompts {'trained on' if kind == 'seen' else 'held out'}", xlabel="reward queries")
     panels[0].set_ylabel("CLIPScore")
     above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
-    indices = range(min(2, jobs[0].config["grid_images"]))
+    indices = range(min(3, jobs[0].config["grid_images"]))
     draw_over_training(below.subplots(1, 5), jobs[0], indices)
     config = jobs[0].config
     trained_on = split_prompts(prompts.get_prompts(config["prompts"]), config["held_out"])[0]
@@ -164,11 +164,12 @@ def draw_fig5(jobs):
 
 
 def draw_fig6(aligned, compressed):
-    """Gains on prompts trained on and held out, sampled with noise and without: a dot per seed."""
+    """Gains on prompts trained on and held out, sampled with noise and without: an arrow per seed, from base to
+    finetuned."""
     figure, panels = plt.subplots(1, 2, figsize=(6.4, 2.7), layout="constrained")
     sections = [f"{kind}, {s}" for s in ("stochastic", "deterministic") for kind in ("seen", "held_out")]
     for axes, jobs, title in zip(
-        panels, (compressed, aligned), ("animals: - kB", "animal-activity pairs: CLIPScore"), strict=True
+        panels, (compressed, aligned), ("animals: - kB", "animals with activities: CLIPScore"), strict=True
     ):
         for x, section in enumerate(sections):
             scores = np.array([job.evaluated(section, "reward_mean")[[0, -1]] for job in jobs])
@@ -176,11 +177,11 @@ def draw_fig6(aligned, compressed):
             for seed, pair in enumerate(scores):
                 axes.annotate("", (x + 0.15 * (seed - 1), pair[1]), (x + 0.15 * (seed - 1), pair[0]),
                               arrowprops={"arrowstyle": "->", "color": colour})  # fmt: skip
-            axes.plot([x] * len(scores), scores[:, 0], "_", color="0.4")
-            axes.plot([x] * len(scores), scores[:, 1], " ")
+            axes.plot([x] * len(scores), scores[:, 0], "_", color="0.4", markersize=20)
+            axes.plot([x] * len(scores), scores[:, 1], " ")  # arrows alone would not widen the axes
         names = [s.replace("held_out", "held out").replace(", ", "\n") for s in sections]
         axes.set_xticks(range(len(sections)), names, fontsize=7)
-        axes.set_title(f"{title}, base to finetuned", fontsize=9)
+        axes.set_title(title)
         axes.margins(0.1)
     return figure
 

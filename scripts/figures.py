@@ -216,15 +216,21 @@ def draw_lora(jobs, full):
         colours.append(plot_band(panels[0], queries, rewards_of(mine)[:, : len(queries)], name))
     panels[0].set(title="mean reward (- kB), learning rate", xlabel="reward queries")
     panels[0].legend(fontsize=6)
+    # Times are the bench's, whose contestants take turns: the runs of a sweep shared the machine with others.
+    with open("results/bench/lora.json") as f:
+        rows = json.load(f)["rows"]
+    seconds = [row["images_per_epoch"] / np.median(row["cpu_images_per_second"]) for row in rows]
+    panels[1].bar(range(len(seconds)), seconds, color=colours)
+    panels[1].set_title("CPU seconds a round", fontsize=8)
     costs = {
-        "seconds a round": lambda job: np.median(job.metrics["seconds"]),
         "peak memory, GB": lambda job: job.metrics["peak_memory_gb"][-1],
         "weights saved, MB": lambda job: job.facts["weights_mb"],
     }
-    for axes, (title, cost) in zip(panels[1:], costs.items()):
+    for axes, (title, cost) in zip(panels[2:], costs.items()):
         for x, (mine, colour) in enumerate(zip(curves.values(), colours)):
             axes.bar(x, np.median([cost(job) for job in mine]), color=colour)
         axes.set_title(title, fontsize=8)
+    for axes in panels[1:]:
         axes.set_xticks(range(len(curves)), [LABELS.get(c, c).removeprefix("rank ") for c in curves], fontsize=7)
     return figure
 

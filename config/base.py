@@ -68,9 +68,7 @@ def get_config():
     train.batch_size = 8  # (memory) transitions (x_t, t, x_t-1) per forward and backward pass and process; 0: see above
     train.gradient_checkpointing = False  # (memory) recompute activations in the backward pass: slower, far smaller
     train.learning_rate = 3e-4
-    train.warmup_updates = (
-        0  # over which the learning rate rises to that: Adam's first steps move every weight by all of it
-    )
+    train.warmup_updates = 0  # over which that is reached; Adam's first steps would else move every weight by all of it
     train.adam_beta1 = 0.9
     train.adam_beta2 = 0.999
     train.adam_weight_decay = 1e-4
@@ -96,9 +94,7 @@ def get_config():
     evaluate.limit = 30  # prompts at most, of those trained on and of those held out
     evaluate.count = 2  # pictures per prompt, with the sampler's noise and again without
     evaluate.clip = ""  # CLIP model whose embeddings diversity is measured by; empty: none
-    evaluate.classifier = (
-        ""  # models/emoji/classifier, or one like it, that is to name the prompt's animal; empty: none
-    )
+    evaluate.classifier = ""  # models/emoji/classifier or one like it, to name the prompt's animal; empty: none
     return config.lock()  # a preset that misspells a key fails
 
 

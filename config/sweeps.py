@@ -16,8 +16,6 @@ SMALL = {
 }  # fmt: skip
 TASKS = ("compressibility", "incompressibility", "aesthetic")
 DDPO_RATES, RWR_RATES = (1e-4, 3e-4, 1e-3), (3e-5, 1e-4, 3e-4)  # three each; RWR makes five times as many updates
-
-
 LONG = {
     "num_epochs": 20, "train.learning_rate": (3e-4,), "train.warmup_updates": 16, "held_out": 1 / 3,
     "evaluate.every": 5, "grid_every": 5,
@@ -90,8 +88,8 @@ def lora():
 
 
 def ablations():
-    """Panels of ABLATIONS, a curve per value that is not the default; all else as for ddpo_is in fig4,
-    but 5 rounds."""
+    """Panels of ABLATIONS, a curve per value that is not the default; all else as for ddpo_is in fig4, but
+    5 rounds."""
     common = {
         **SMALL, "config": "config/emoji.py:compressibility,full", "train.learning_rate": (3e-4,), "num_epochs": 5,
         "evaluate.every": 5, "evaluate.rewards": "clipscore:models/emoji/clip",

@@ -109,18 +109,20 @@ def evaluate(policy, sets, count, judges, sample, clip=None, classifier=None, se
         for kind, pairs in sets.items():
             drawn = pairs * count
             mine = np.array_split(np.arange(len(drawn)), state.num_processes)[state.process_index].tolist()
-            scored = []
+            scored, pictures = [], []
+
+            def judge(start, images):  # batch by batch, as in training
+                part = [drawn[i] for i in mine[start : start + len(images)]]
+                scored.append(score(images, part, judges, clip, classifier, timeout))
+                pictures.extend(images[: 8 - len(pictures)])
+
             if mine:
-                images = sample_with_logprob(
+                sample_with_logprob(
                     policy, [drawn[i][0] for i in mine], lambda k: draw_noise(shape, seed, EVALUATION, first + mine[k]),
-                    sample.guidance_scale, eta, sample.batch_size,
+                    sample.guidance_scale, eta, sample.batch_size, on_images=judge,
                     progress=f"evaluation: {kind}, {sampling}" if state.is_main_process else None,
-                ).images  # fmt: skip
-                size = sample.batch_size or len(mine)  # as judges are asked in training
-                for start in range(0, len(mine), size):
-                    part = [drawn[i] for i in mine[start : start + size]]
-                    scored.append(score(images[start : start + size], part, judges, clip, classifier, timeout))
-                shown[f"{kind}, {sampling}"] = images[:8]
+                )  # fmt: skip
+            shown[f"{kind}, {sampling}"] = pictures
             first += len(drawn)
             parts = gather_object(scored)
             values = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}

@@ -1,5 +1,5 @@
-"""What a run leaves behind: RUN/config.json, metrics.jsonl and images/, always; evaluation.jsonl
-and wandb or TensorBoard by options."""
+"""What a run leaves behind: RUN/config.json, metrics.jsonl and images/, always; by options evaluation.jsonl, and
+wandb or TensorBoard."""
 
 import json
 import os
@@ -127,9 +127,14 @@ def log_metrics(accelerator, run_dir, metrics, name="metrics"):
         _give_up_tracker(accelerator, "the tracker", error)
 
 
+def grid_columns(count):
+    """How many of `count` pictures a grid has in a row, if it is not told."""
+    return min(count, max(1, round(count**0.5 * 1.3)))
+
+
 def image_grid(images, labels=None, columns=0):
     """One picture of many, `columns` to a row (0: nearly square), each with its label under it."""
-    columns = columns or min(len(images), max(1, round(len(images) ** 0.5 * 1.3)))
+    columns = columns or grid_columns(len(images))
     width, height = images[0].size
     zoom = max(1, 96 // width)  # a 64-pixel picture is too small for a label and for most eyes
     width, height = width * zoom, height * zoom

@@ -22,8 +22,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 from config.sweeps import ABLATIONS, SWEEPS  # noqa: E402
 from ddpo import InputError, choose, prompts, run_script  # noqa: E402
 from ddpo.evaluation import split_prompts  # noqa: E402
+from ddpo.tracking import grid_columns  # noqa: E402
 from scripts.plot import plot_band, read_metrics  # noqa: E402
-from scripts.sweep import best_rates  # noqa: E402
+from scripts.sweep import best_rates, final_reward  # noqa: E402
 
 LABELS = {
     "ddpo_is": "DDPO-IS", "ddpo_sf": "DDPO-SF", "rwr": "RWR", "rwr_sparse": "RWR-sparse", "unweighted": "no reward",
@@ -42,7 +43,6 @@ class Job:
         name = re.fullmatch(r"([^-]+)-(.+)-lr(.+)-seed(\d+)", os.path.basename(folder)).groups()
         self.folder, self.panel, self.curve, self.rate, self.seed = folder, *name[:2], float(name[2]), int(name[3])
         self.metrics = read_metrics(folder)
-        self.final = self.metrics["reward_mean"][-3:].mean()
         with open(os.path.join(folder, "job.json")) as f:
             self.facts = json.load(f)
         with open(os.path.join(folder, "config.json")) as f:
@@ -72,7 +72,7 @@ def read_jobs(results, sweep):
         chosen = best.get(f"{job.panel}-{job.curve}") == job.rate
         print(
             f"{job.panel} {job.curve} lr {job.rate:g}{'*' if chosen else ''} seed {job.seed}: "
-            f"{job.metrics['reward_mean'][0]:.3f} to {job.final:.3f}, {job.facts['seconds']:.0f} s"
+            f"{job.metrics['reward_mean'][0]:.3f} to {final_reward(job.metrics):.3f}, {job.facts['seconds']:.0f} s"
         )
     return [job for job in jobs if best.get(f"{job.panel}-{job.curve}") == job.rate]
 
@@ -93,7 +93,7 @@ def rewards_of(jobs):
 def grid_pictures(path, count):
     """The pictures in a run's picture grid of `count` (ddpo/tracking.py: image_grid)."""
     grid = Image.open(path)
-    columns = min(count, max(1, round(count**0.5 * 1.3)))
+    columns = grid_columns(count)
     width, height = grid.width // columns, grid.height // -(-count // columns)
     corners = [(i % columns * width, i // columns * height) for i in range(count)]
     return [grid.crop((x, y, x + width - 2, y + height - 2 - 13)) for x, y in corners]

@@ -74,15 +74,20 @@ def collect(run_dir, folder, job):
     return metrics
 
 
+def final_reward(metrics):
+    """What a run came to: the mean reward of its last three rounds."""
+    return metrics["reward_mean"][-3:].mean()
+
+
 def best_rates(curves, results):
-    """{curve: learning rate} by the mean reward of the last three rounds of the finished jobs on the first seed."""
+    """{curve: learning rate} by the final reward of the finished jobs on the first seed."""
     best = {}
     for curve, options in curves.items():
         rewards = {}
         for rate in options["train.learning_rate"]:
             folder = os.path.join(results, job_of(curve, options, rate, SEEDS[0])[0])
             if os.path.exists(os.path.join(folder, "job.json")):
-                rewards[rate] = read_metrics(folder)["reward_mean"][-3:].mean()
+                rewards[rate] = final_reward(read_metrics(folder))
         if rewards:
             best[curve] = max(rewards, key=rewards.get)
     return best

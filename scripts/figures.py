@@ -246,12 +246,10 @@ def draw_ablations(jobs):
                                              for v in values}  # fmt: skip
         for axes, key in zip(grid[:, column], measures):
             for x, mine in enumerate(groups.values()):
-                if not mine:  # not run yet
-                    continue
                 scores = [np.diff(job.evaluated("seen, stochastic", key)[[0, -1]])[0] for job in mine]
                 axes.bar(x, np.mean(scores), color="0.75" if mine is default else "C0", alpha=0.5)
                 axes.plot([x] * len(scores), scores, ".", color="0.2", markersize=4)
-            axes.set_xticks(range(len(groups)), groups, fontsize=6, rotation=30)
+            axes.set_xticks(range(len(groups)), groups, fontsize=6, rotation=30, ha="right")
             axes.axhline(0, color="0.4", linewidth=0.8)
         grid[0, column].set_title(option.replace("_", " "), fontsize=9)
     for axes, label in zip(grid[:, 0], measures.values()):

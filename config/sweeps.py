@@ -12,19 +12,19 @@ SEEDS = (0, 1, 2)
 SMALL = {
     "stop_reward": "inf", "grid_every": 0, "grid_images": 6, "save_every": 1, "keep_checkpoints": 1, "num_epochs": 12,
     "sample.num_steps": 5, "sample.images_per_epoch": 32, "sample.batch_size": 8, "train.batch_size": 8,
-    "train.updates_per_epoch": 4,
+    "train.updates_per_epoch": 4, "train.warmup_updates": 16,
 }  # fmt: skip
+WARMUP_ROUNDS = 4  # the 16 updates above: Adam's first ones would else cost more than a short run gains
 TASKS = ("compressibility", "incompressibility", "aesthetic")
 DDPO_RATES, RWR_RATES = (1e-4, 3e-4, 1e-3), (3e-5, 1e-4, 3e-4)  # three each; RWR makes five times as many updates
 LONG = {
-    "num_epochs": 20, "train.learning_rate": (3e-4,), "train.warmup_updates": 16, "held_out": 1 / 3,
-    "evaluate.every": 5, "grid_every": 5,
+    "num_epochs": 20, "train.learning_rate": (3e-4,), "held_out": 1 / 3, "evaluate.every": 5, "grid_every": 5,
 }  # fmt: skip
 GROUPS = {"sample.images_per_prompt": 4}
 ABLATIONS = {  # panel -> what the default is called, and the options of each other value
     "clip_range": ("0.01", {"0.001": {"train.clip_range": 1e-3}}),
-    "updates": ("4", {"1": {"train.updates_per_epoch": 1}}),
-    "warmup_updates": ("0", {"16": {"train.warmup_updates": 16}}),
+    "updates": ("4", {"1": {"train.updates_per_epoch": 1, "train.warmup_updates": WARMUP_ROUNDS}}),
+    "warmup_updates": ("16", {"0": {"train.warmup_updates": 0}}),
     "guidance": ("none", {
         "both": {"sample.guidance_scale": 3.0},
         "sampling": {"sample.guidance_scale": 3.0, "train.guidance": False},
@@ -43,20 +43,19 @@ def fig4():
     """Reward against reward queries for each algorithm, each tuned for each reward by itself. All make as many network
     evaluations with gradient in a round as it has steps (RWR-sparse keeps a quarter of the samples and repeats those).
     "unweighted" is RWR with all weights 1: what training on one's own samples does without any reward."""
-    curves = {}
+    curves, steps = {}, SMALL["sample.num_steps"]
     for task in TASKS:
-        preset, steps = {**SMALL, "config": f"config/emoji.py:{task},full"}, SMALL["sample.num_steps"]
-        ddpo, rwr = {"train.learning_rate": DDPO_RATES}, {"train.learning_rate": RWR_RATES}
-        if task == "aesthetic":  # which damage does not raise, as it does JPEG sizes: smaller steps were tried, too
-            ddpo, rwr = {"train.learning_rate": (3e-5, *DDPO_RATES)}, {"train.learning_rate": (1e-5, *RWR_RATES)}
-        sparse = {"train.keep_percentile": 75.0, "train.updates_per_epoch": 1, "train.inner_epochs": 4 * steps}
-        algorithms = {
-            "ddpo_is": ddpo,
-            "ddpo_sf": {**ddpo, "train.updates_per_epoch": 1},
-            "rwr": {**rwr, "train.inner_epochs": steps},
-            "rwr_sparse": {**rwr, **sparse},
-        }
-        curves |= {f"{task}-{name}": {**preset, "algorithm": name, **o} for name, o in algorithms.items()}
+        for name, rates, updates, inner_epochs, options in (
+            ("ddpo_is", DDPO_RATES, 4, 1, {}),
+            ("ddpo_sf", DDPO_RATES, 1, 1, {}),
+            ("rwr", RWR_RATES, 4, steps, {}),
+            ("rwr_sparse", RWR_RATES, 1, 4 * steps, {"train.keep_percentile": 75.0}),
+        ):
+            curves[f"{task}-{name}"] = {
+                **SMALL, "config": f"config/emoji.py:{task},full", "algorithm": name, "train.learning_rate": rates,
+                "train.updates_per_epoch": updates, "train.inner_epochs": inner_epochs,
+                "train.warmup_updates": WARMUP_ROUNDS * updates * inner_epochs, "evaluate.every": 12, **options,
+            }  # fmt: skip
     for task in ("compressibility", "aesthetic"):  # incompressibility is the former upside down
         unweighted = {"train.inverse_temperature": 0.0, "train.learning_rate": RWR_RATES[1:2]}
         curves[f"{task}-unweighted"] = curves[f"{task}-rwr"] | unweighted
@@ -84,7 +83,7 @@ def fig7():
 def lora():
     """LoRA of several ranks, each at its best learning rate; full finetuning beside it is fig4's ddpo_is."""
     preset = {**SMALL, "config": "config/emoji.py:compressibility,lora", "train.learning_rate": (1e-3, 5e-3)}
-    preset |= {"num_epochs": 6}
+    preset |= {"num_epochs": 6, "evaluate.every": 6}
     return {f"compressibility-rank_{rank}": {**preset, "lora_rank": rank} for rank in (1, 4, 16, 64)}
 
 

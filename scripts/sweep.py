@@ -14,6 +14,7 @@ import argparse
 import glob
 import json
 import os
+import runpy
 import shlex
 import shutil
 import signal
@@ -24,6 +25,7 @@ from datetime import timedelta
 
 import torch
 
+from config.base import NO_EFFECT, get_config
 from config.sweeps import SEEDS, SWEEPS, job_of, seed_jobs, tuning_jobs
 from ddpo import InputError, choose, run_script
 from ddpo.tracking import flatten, list_checkpoints
@@ -38,15 +40,25 @@ def train_command(options, threads):
     return ["train.py", "--config", options["config"], *arguments]
 
 
+def check_options(folder, options):
+    """The options, by dotted name, of the run whose config.json is in a folder. Raises InputError if they are not those
+    that a job with these `options` would have now."""
+    preset, _, variant = options["config"].partition(":")
+    wanted = flatten(runpy.run_path(preset)["get_config"](*filter(None, [variant]))) | options
+    with open(os.path.join(folder, "config.json")) as f:
+        made = flatten(get_config()) | flatten(json.load(f))  # a run older than an option has had its default
+    for key in sorted(wanted.keys() - {"config"}):
+        if str(made[key]) != str(wanted[key]) and (key in options or key not in NO_EFFECT):
+            raise InputError(f"{folder} was made with other options ({key} {made[key]}, now {wanted[key]}): remove it")
+    return made
+
+
 def start(run_dir, options, threads):
     """Starts a job, or resumes it; returns its process, or None if there is nothing left to do."""
     command, where = train_command(options, threads), f"--config.run_dir={run_dir}"
     if os.path.exists(os.path.join(run_dir, "config.json")):
-        with open(os.path.join(run_dir, "config.json")) as f:
-            config = flatten(json.load(f))
-        if any(str(config[key]) != str(value) for key, value in options.items() if key != "config"):
-            raise InputError(f"{run_dir} was begun with other options: remove it")
-        if any(folder.endswith(f"epoch_{config['num_epochs']:04d}") for folder in list_checkpoints(run_dir)):
+        epochs = check_options(run_dir, options)["num_epochs"]
+        if any(folder.endswith(f"epoch_{epochs:04d}") for folder in list_checkpoints(run_dir)):
             return None
         where = f"--config.resume={run_dir}"
     os.makedirs(run_dir, exist_ok=True)
@@ -100,14 +112,10 @@ def run_jobs(jobs, args):
     )
     waiting = []
     for job, options in jobs.items():
-        path = os.path.join(results[job], "job.json")
-        if not os.path.exists(path):
+        if os.path.exists(os.path.join(results[job], "job.json")):
+            check_options(results[job], options)
+        else:
             waiting.append(job)
-            continue
-        with open(path) as f:
-            made = shlex.split(json.load(f)["command"])[1:]
-        if made[:-1] != train_command(options, args.threads)[:-1]:  # the last is how many threads
-            raise InputError(f"{results[job]} was made with other options: remove it")
     done, failed, running, seconds = len(jobs) - len(waiting), [], {}, []
     print(f"{args.name}: {len(jobs)} jobs, {done} of them done", flush=True)
     cores = "" if torch.cuda.is_available() else f", {os.cpu_count()} cores"

@@ -61,7 +61,7 @@ def test_a_stopped_sweep_goes_on_and_its_results_are_drawn(tiny, tmp_path, monke
     monkeypatch.setattr(sweep, "SWEEPS", {"fig4": lambda: other})
     monkeypatch.setattr(sweep, "start", begin)
     for folder, where in ((results, results), (tmp_path / "none", runs)):
-        with pytest.raises(InputError, match=f"{where}.*ddpo_is-lr0.001-seed0 was .* with other options: remove it"):
+        with pytest.raises(InputError, match=f"{where}.*lr0.001-seed0 was made with other .*num_steps 3, now 2"):
             command(monkeypatch, capsys, sweep.main, "fig4", "--runs", runs, "--results", folder)
 
     arguments = "fig4", "--results", results, "--output", tmp_path

@@ -82,6 +82,8 @@ def train(config, preset):
     stds = step_stds(policy.scheduler, sample.eta).to(device)
     ratio_scale = stds / stds.mean() if opt.sigma_weighting else torch.ones_like(stds)
     sample.batch_size, opt.batch_size = fit_batch_sizes(policy, parameters, config, noise_shape, share, len(mine))
+    if config.compile:
+        policy.compile((opt.batch_size * (2 if guidance > 1 else 1), *noise_shape[1:]))
     # A batch composed otherwise may round otherwise, which would look like a changed policy: the old log-probs are then
     # computed again as training will, so that the ratio is exactly 1 before any update.
     unlike = sample.batch_size != opt.batch_size or share % opt.batch_size > 0
@@ -276,6 +278,8 @@ def train(config, preset):
             tqdm.write(f"epoch {epoch:3d}  " + "  ".join(f"{k} {metrics[k]:.4g}" for k in shown if k in metrics))
             if metrics["ratio_error"] > opt.clip_range:
                 tqdm.write(guards.RATIO_WARNING.format(metrics["ratio_error"], opt.clip_range))
+            if metrics["reward_mean"] >= config.stop_reward:
+                tqdm.write(f"the mean reward has reached stop_reward = {config.stop_reward:g}")
         trajectories = latents = prompt_embeds = None  # room for other pictures
         due = [last or (every and (epoch + 1) % every == 0) for every in (config.grid_every, config.evaluate.every)]
         failed = True

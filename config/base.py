@@ -30,6 +30,7 @@ def get_config():
     config.lora_rank = 4  # 0: full finetuning
     config.lora_targets = "to_q,to_k,to_v,to_out.0"  # module names of the UNet, comma-separated
     config.precision = "fp32"  # of the network: fp32, tf32, bf16, fp16. Trained weights are float32 in all
+    config.compile = False  # (memory) torch.compile of the UNet: minutes at the start; refused if its gradient is wrong
     config.algorithm = "ddpo_is"  # of ddpo/losses.py: ddpo_is, ddpo_sf, ddpo_smooth, rwr, rwr_sparse
     config.advantage = "per_prompt"  # of ddpo/stat_tracking.py: per_prompt, per_group, leave_one_out, whole_round
     config.reward = "jpeg_compressibility"  # of ddpo/rewards.py: NAME, NAME:MODEL, or "pickscore + 0.1*hpsv2"
@@ -101,7 +102,8 @@ def get_config():
 # What may differ in a resumed run without changing what is computed (memory knobs: beyond rounding).
 NO_EFFECT = (
     "run_dir", "resume", "num_epochs", "stop_reward", "tracker", "save_every", "keep_checkpoints", "grid_every",
-    "grid_images", "threads", "reward_timeout", "sample.batch_size", "train.batch_size", "train.gradient_checkpointing",
+    "grid_images", "threads", "reward_timeout", "compile", "sample.batch_size", "train.batch_size",
+    "train.gradient_checkpointing",
     *(f"evaluate.{key}" for key in ("every", "rewards", "prompts", "limit", "count", "clip", "classifier")),
 )  # fmt: skip
 

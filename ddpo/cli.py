@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import signal
@@ -31,6 +32,10 @@ def run(train):
         config = CONFIG.value
         if config.resume:
             _take_options_of(config.resume, config)
+        elif "reward" in _given(sys.argv) and "stop_reward" not in _given(sys.argv) and config.stop_reward < math.inf:
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"stop_reward {config.stop_reward:g} was for the preset's own reward: left out", flush=True)
+            config.stop_reward = math.inf
         filename = config_flags.get_config_filename(flags.FLAGS["config"])
         train(config, os.path.basename(filename).replace(".py", "").replace(":", "-").replace(",", "-"))
 

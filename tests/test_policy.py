@@ -311,3 +311,38 @@ def test_moving_average(tiny):
         for p, a in zip(parameters, expected):
             torch.testing.assert_close(p.detach(), a)
     assert all(torch.equal(p, w) for p, w in zip(parameters, new))
+
+
+def test_compiled_it_is_one_program_for_sampling_and_training(tiny):
+    """One that differs from the plain one by no bit here, as this backend leaves out the code generation."""
+    plain, policy = (load_policy(tiny, 4, "fp32", "cpu") for _ in range(2))
+    latents, t, embeds = inputs(policy)
+    programs = []
+
+    def backend(graph, example):
+        programs.append(graph)
+        return graph
+
+    policy.compile((6, *policy.latent_shape()), backend=backend)
+    compiled = len(programs)
+    sampled = guided(policy)
+    trained = predict_noise(policy, latents, t, embeds, policy.embed([""]), 5.0)
+    assert len(programs) == compiled > 0
+    assert trained.requires_grad and not sampled.requires_grad
+    assert torch.equal(sampled, trained) and torch.equal(sampled, guided(plain))
+
+
+def test_a_compiler_that_loses_gradients_is_refused(tiny):
+    """As torch 2.13's on a CPU did, with the output right; and one that fails ends with one line."""
+    policy = load_policy(tiny, 4, "fp32", "cpu")
+
+    def loses(graph, example):
+        return lambda *args: [0.5 * out + 0.5 * out.detach() for out in graph(*args)]
+
+    def fails(graph, example):
+        raise RuntimeError("no C++ compiler")
+
+    with pytest.raises(InputError, match=r"gradient is wrong here, by 50% in one"):
+        policy.compile((2, *policy.latent_shape()), backend=loses)
+    with pytest.raises(InputError, match="torch.compile failed .*no C.. compiler"):
+        load_policy(tiny, 4, "fp32", "cpu").compile((2, *policy.latent_shape()), backend=fails)

@@ -59,7 +59,7 @@ def train(config, preset):
     if opt.gradient_checkpointing:
         policy.unet.enable_gradient_checkpointing()
     prompts.check_length([prompt for prompt, _ in prompt_set], policy.pipe.tokenizer)
-    policy.scheduler.set_timesteps(sample.num_steps)
+    policy.set_timesteps(sample.num_steps)
     noise_shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))
 
     evaluate = load_evaluation(config, policy, reward_fn, prompt_set, held_out) if config.evaluate.every else None
@@ -89,9 +89,9 @@ def train(config, preset):
     unlike = sample.batch_size != opt.batch_size or share % opt.batch_size > 0
     recompute = likelihood == "step" and (unlike or guidance != sample.guidance_scale)
 
-    first_epoch = 0
+    first_epoch, saved = 0, None  # saved: epochs in the newest checkpoint
     if config.resume:
-        first_epoch = load_checkpoint(run_dir, policy, optimizer, scaler, tracker)
+        first_epoch = saved = load_checkpoint(run_dir, policy, optimizer, scaler, tracker)
         if first_epoch >= config.num_epochs:
             raise InputError(
                 f"{run_dir} has done {first_epoch} epochs: to go on, --config.num_epochs={2 * first_epoch}"
@@ -158,7 +158,10 @@ def train(config, preset):
         _, latents, old_log_probs, timesteps = trajectories
         clock.lap("seconds_sampling")
         if not latents.isfinite().all():
-            raise InputError(f"epoch {epoch}: the network's output is not finite. Try precision bf16 or fp32")
+            raise InputError(
+                f"epoch {epoch}: the network's output is not finite: a lower train.learning_rate or a higher precision "
+                "may help, from an earlier checkpoint on"
+            )
 
         # ----------------------------------------------------------------------------------- rewards and advantages
         scored = [future.result() for future in scores]
@@ -289,12 +292,13 @@ def train(config, preset):
         finally:  # a judge that is only to measure must not cost the rounds since the last checkpoint
             if accelerator.is_main_process and (failed or last or (epoch + 1) % config.save_every == 0):
                 save_checkpoint(run_dir, epoch + 1, policy, optimizer, scaler, tracker, config.keep_checkpoints)
+                saved = epoch + 1
         accelerator.wait_for_everyone()
         if last:
             break
     epochs.close()
     scorer.shutdown(wait=False, cancel_futures=True)
-    if interrupt.stopped and accelerator.is_main_process:
+    if interrupt.stopped and accelerator.is_main_process and saved != epoch:
         save_checkpoint(run_dir, epoch, policy, optimizer, scaler, tracker, config.keep_checkpoints)
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -49,7 +49,7 @@ def get_config():
     sample.width = 0
 
     config.reward_options = options = ConfigDict()  # of rewards that run a model
-    options.precision = "fp32"  # of their networks: fp32, bf16, fp16
+    options.precision = "fp32"  # of their networks: fp32 (on a GPU as exact as config.precision), bf16, fp16
     options.batch_size = 32  # (memory) images per forward pass
     options.aesthetic_clip = "openai/clip-vit-large-patch14"  # what the aesthetic head was trained on
     options.bertscore_model = "microsoft/deberta-xlarge-mnli"  # for alignment
@@ -103,7 +103,7 @@ def get_config():
 NO_EFFECT = (
     "run_dir", "resume", "num_epochs", "stop_reward", "tracker", "save_every", "keep_checkpoints", "grid_every",
     "grid_images", "threads", "reward_timeout", "compile", "sample.batch_size", "train.batch_size",
-    "train.gradient_checkpointing",
+    "train.gradient_checkpointing", "reward_options.batch_size", "reward_options.timeout", "reward_options.concurrency",
     *(f"evaluate.{key}" for key in ("every", "rewards", "prompts", "limit", "count", "clip", "classifier")),
 )  # fmt: skip
 
@@ -132,6 +132,8 @@ def check(config, processes=1):
         ("train.inverse_temperature", train.inverse_temperature, math.inf),
         ("train.kl_weight", train.kl_weight, math.inf), ("train.keep_percentile", train.keep_percentile, 100),
         ("train.prompt_dropout", train.prompt_dropout, 1), ("train.ema_decay", train.ema_decay, 1),
+        ("train.adam_weight_decay", train.adam_weight_decay, math.inf),
+        ("train.adam_epsilon", train.adam_epsilon, math.inf),
         ("held_out", config.held_out, 1),
     ):  # fmt: skip
         if not 0 <= value <= highest:
@@ -153,6 +155,9 @@ def check(config, processes=1):
     for name in ("learning_rate", "clip_range", "advantage_clip", "max_grad_norm", "timestep_fraction"):
         if not train[name] > 0:
             raise InputError(f"train.{name} = {train[name]} must be greater than 0")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= train[name] < 1:
+            raise InputError(f"train.{name} = {train[name]} must be at least 0 and less than 1")
     if config.reward_timeout < 0:
         raise InputError(f"reward_timeout = {config.reward_timeout} must be at least 0 (0: no limit)")
     if not 0 < sample.eta <= 1:

@@ -52,7 +52,7 @@ def save_checkpoint(run_dir, epoch, policy, optimizer, scaler, tracker, keep):
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
     older = [c for c in list_checkpoints(run_dir) if epoch_of(c) < epoch]
-    for old in older[: len(older) - keep + 1] if keep else []:
+    for old in older[: max(0, len(older) - keep + 1)] if keep else []:
         shutil.rmtree(old)
 
 
@@ -85,8 +85,11 @@ def load_checkpoint(run_dir, policy, optimizer, scaler, tracker):
             if "ema" in state:
                 policy.ema.load_state_dict(state["ema"] | {"decay": policy.ema.decay})
                 policy.ema.to(policy.device)
+        options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}  # this run's, not the saved
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        optimizer.param_groups[0].update(options)
+        if state["scaler"]:  # else it ran in another precision
+            scaler.load_state_dict(state["scaler"])
         tracker.load_state_dict(state["tracker"])
         return state["epoch"]
     raise InputError(f"nothing to resume: no checkpoint in {run_dir}/checkpoints can be read")

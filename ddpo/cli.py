@@ -89,8 +89,8 @@ def _start_all_processes():
 
 
 def _given(argv):
-    """The dotted names of the options on the command line."""
-    return [a.lstrip("-").removeprefix("config.").split("=")[0] for a in argv if a.lstrip("-").startswith("config.")]
+    """The dotted names of the options on the command line: --config.KEY=VALUE, or --noconfig.KEY for False."""
+    return [match[1] for match in (re.match(r"-+(?:no)?config\.([^=]+)", a) for a in argv) if match]
 
 
 def _take_options_of(run_dir, config):

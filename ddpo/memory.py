@@ -47,8 +47,11 @@ def fit_batch_sizes(policy, parameters, config, noise_shape, share, count):
     else:
         raise InputError(
             "out of memory with one image: --config.train.gradient_checkpointing=True, --config.precision=bf16, a LoRA "
-            "(--config.lora_rank=4) and smaller pictures (--config.sample.height, width) need less"
+            "(--config.lora_rank=4), smaller pictures (--config.sample.height, width) and a smaller round "
+            "(--config.sample.images_per_epoch) need less"
         )
+    if policy.device.type == "cuda":  # the trials are not the run's
+        torch.cuda.reset_peak_memory_stats(policy.device)
     sizes = min(gather_object([sizes]))
     if sizes != (config.sample.batch_size, config.train.batch_size):
         PartialState().print(f"batch sizes: {sizes[0]} images when sampling, {sizes[1]} transitions when training")
@@ -71,8 +74,10 @@ def _fits(policy, parameters, config, noise_shape, count, sampled, trained):
         if policy.device.type == "cuda":
             spare = int(GPU_SPARE * torch.cuda.get_device_properties(policy.device).total_memory)
             held += [torch.empty(spare, dtype=torch.uint8, device=policy.device)]
+        with torch.set_grad_enabled(config.compile):  # see Policy.forward
+            latents = output(sampled).detach()
         with torch.no_grad():
-            decode(policy, output(sampled))
+            decode(policy, latents)
         output(trained).square().mean().backward()
         return True
     except torch.OutOfMemoryError:

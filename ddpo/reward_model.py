@@ -237,11 +237,11 @@ def evaluate_choices(margin, target, bins=5):
     width; and `calibration_error`, their mean distance weighted by votes. What votes that are all alike do not say is
     None.
     """
-    probability = 1 / (1 + np.exp(-margin))
+    probability = 1 / (1 + np.exp(-margin.astype(np.float64)))  # float32's is 1 from a margin of 17 on
     clear = target != 0.5
     calibration = []
     for low in np.arange(bins) / bins:
-        inside = (probability >= low) & (probability < low + 1 / bins)
+        inside = (probability >= low) & ((probability < low + 1 / bins) | (low == (bins - 1) / bins))
         if inside.any():
             calibration.append((float(probability[inside].mean()), float(target[inside].mean()), int(inside.sum())))
     clipped = probability.clip(1e-12, 1 - 1e-12)

@@ -251,6 +251,11 @@ def compute_rewards(reward, images, prompts, metadata, timeout=0):
     result = outcome[0]
     if isinstance(result, InputError):  # it says all there is to say
         raise result
+    if isinstance(result, torch.OutOfMemoryError):
+        raise InputError(
+            f"reward {name} ran out of memory ({str(result).splitlines()[0]}): lower reward_options.batch_size or "
+            "sample.batch_size, and resume"
+        ) from result
     if isinstance(result, Exception):
         reason = f"{type(result).__name__}: {result}"
         raise InputError(f"reward {name} raised {reason} (first of its prompts: {prompts[0]!r})") from result

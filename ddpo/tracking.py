@@ -10,12 +10,16 @@ from netrc import NetrcParseError, netrc
 from PIL import Image, ImageDraw
 
 from config.base import NO_EFFECT, get_config
+from ddpo import InputError
 from ddpo.guards import lock_run
 
 
 def start_run(run_dir, config):
     """Makes the run's folder and writes its config.json; on a resume, says which options are others than before."""
-    os.makedirs(os.path.join(run_dir, "images"), exist_ok=True)
+    try:
+        os.makedirs(os.path.join(run_dir, "images"), exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run_dir {run_dir!r} cannot be made: {error}") from error
     lock_run(run_dir)
     path, new = os.path.join(run_dir, "config.json"), flatten(config)
     if os.path.exists(path):

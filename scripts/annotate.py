@@ -218,7 +218,7 @@ def make_pairs(args, output):
         pair_up(args.images, output, existing, args.pairs, args.seed)
     else:
         config, policy = open_model(args)
-        policy.scheduler.set_timesteps(config.sample.num_steps)
+        policy.set_timesteps(config.sample.num_steps)
         name = args.prompts[0] if args.prompts else config.prompts
         known = len(args.prompts) <= 1 and (name in prompts.PROMPT_SETS or "/" in name or name.endswith(".txt"))
         prompt_set = prompts.get_prompts(name) if known else [(text, {}) for text in args.prompts]

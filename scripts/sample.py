@@ -40,7 +40,7 @@ def open_run(run, checkpoint=""):
 def base_and_finetuned(policy, folder, texts, sample, seed):
     """Draws one picture per text, by the policy as it is and then with the weights in `folder`: ("base", PIL images),
     ("finetuned", PIL images). The noise of picture i is that of generator seed + i, `sample` a run's config.sample."""
-    policy.scheduler.set_timesteps(sample.num_steps)
+    policy.set_timesteps(sample.num_steps)
     shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))
 
     def noise(i):

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import sys
 import threading
 import time
@@ -31,6 +32,11 @@ def slow(images, prompts, metadata):
     return rewards.jpeg_compressibility(images, prompts, metadata)
 
 
+def interrupts(images, prompts, metadata):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return by_prompt(images, prompts, metadata)
+
+
 def by_prompt(images, prompts, metadata):
     """Does not look at the picture, so that no pixel's rounding matters."""
     return [zlib.crc32(prompt.encode()) % 97 for prompt in prompts], {}
@@ -44,7 +50,7 @@ REWARDS = {
     "not a pair": lambda images, prompts, metadata: [1.0] * len(images),
     "text": lambda images, prompts, metadata: (["good"] * len(images), {}),
     "constant": lambda images, prompts, metadata: (np.full(len(images), 3.0), {}),
-    "raises": raises, "hangs": hangs, "slow": slow, "by prompt": by_prompt,
+    "raises": raises, "hangs": hangs, "slow": slow, "interrupts": interrupts, "by prompt": by_prompt,
 }  # fmt: skip
 
 if SABOTAGE in REWARDS:

@@ -346,3 +346,13 @@ def test_a_compiler_that_loses_gradients_is_refused(tiny):
         policy.compile((2, *policy.latent_shape()), backend=loses)
     with pytest.raises(InputError, match="torch.compile failed .*no C.. compiler"):
         load_policy(tiny, 4, "fp32", "cpu").compile((2, *policy.latent_shape()), backend=fails)
+
+
+def test_embeddings_of_many_prompts_do_not_fill_the_memory(tiny, monkeypatch):
+    policy = load_policy(tiny, 4, "fp32", "cpu")
+    words = ["a cat", "a dog", "an ant", "a cat"]
+    all_kept = policy.embed(words)
+    monkeypatch.setattr("ddpo.policy.KEPT_EMBEDDINGS", 2)
+    for word, embedding in zip(words, all_kept, strict=True):
+        assert torch.equal(policy.embed([word])[0], embedding)
+    assert torch.equal(policy.embed(words), all_kept) and len(policy._embeddings) == 2

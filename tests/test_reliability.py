@@ -20,6 +20,10 @@ from test_train import metrics, weights
 import train
 from config.base import get_config
 from ddpo import rewards
+from ddpo.checkpoint import save_checkpoint
+from ddpo.policy import load_policy
+from ddpo.stat_tracking import PerPromptStatTracker
+from ddpo.tracking import epoch_of, list_checkpoints
 
 
 # ------------------------------------------------------------------------------------------------------ memory knobs
@@ -148,6 +152,29 @@ def test_interrupted_runs_are_saved(tiny, tmp_path, number, whom):
         assert all(torch.equal(a, b) for a, b in zip(weights(whole, 4).values(), weights(run, 4).values()))
 
 
+def test_an_interrupt_before_anything_new_leaves_the_checkpoint_alone(tiny, tmp_path):
+    """It is there already, and a kill while it is replaced would lose it. Absl's --no... holds, too."""
+    run = tmp_path / "run"
+    launch(model=tiny, run_dir=run, num_epochs=1, direct=True)
+    before = (run / "checkpoints/epoch_0001/state.pt").stat()
+    options = {"script": "tests/saboteur.py", "env": {"SABOTAGE": "interrupts"}, "reward": "sabotaged", "direct": True}
+    result = launch("--noconfig.train.guidance", resume=run, check=False, **options)
+    assert result.returncode == 128 + signal.SIGTERM and "SIGTERM: saved after 1 epochs" in result.stdout
+    assert "train.guidance was True, now False (MATTERS" in result.stdout
+    after = (run / "checkpoints/epoch_0001/state.pt").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2, 3, 5])
+def test_as_many_checkpoints_as_asked_for_are_kept(tiny, tmp_path, keep):
+    policy = load_policy(tiny, 1, "fp32", "cpu")
+    optimizer, scaler = torch.optim.AdamW(policy.trainable_parameters()), torch.amp.GradScaler("cpu", enabled=False)
+    for epoch in range(1, 9):
+        save_checkpoint(str(tmp_path), epoch, policy, optimizer, scaler, PerPromptStatTracker(1, 1), keep)
+        kept = sorted(epoch_of(folder) for folder in list_checkpoints(str(tmp_path)))
+        assert kept == list(range(1, epoch + 1))[-keep:]
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(tiny, tmp_path):
     """No file may grow beyond some kilobytes in the second part: its checkpoint cannot be written."""
     run = tmp_path / "run"
@@ -176,9 +203,12 @@ def test_one_writer_per_run(tiny, tmp_path):
 def test_resuming_says_what_differs_and_whether_it_matters(tiny, tmp_path):
     run = tmp_path / "run"
     launch(model=tiny, run_dir=run, num_epochs=1, direct=True)
-    result = launch(resume=run, direct=True, train__batch_size=2, train__clip_range=0.5)
+    result = launch(resume=run, direct=True, train__batch_size=2, train__clip_range=0.5, train__adam_weight_decay=0.3)
     assert "train.batch_size was 4, now 2 (changes no result)" in result.stdout
     assert "train.clip_range was 0.01, now 0.5 (MATTERS" in result.stdout
+    assert "train.adam_weight_decay was 0.0001, now 0.3 (MATTERS" in result.stdout
+    group = torch.load(run / "checkpoints/epoch_0002/state.pt")["optimizer"]["param_groups"][0]
+    assert group["weight_decay"] == 0.3 and group["betas"] == (0.9, 0.999)
     result = launch(resume=run, direct=True, check=False)
     assert "has done 2 epochs: to go on, --config.num_epochs=4" in result.stderr
 

@@ -81,6 +81,14 @@ def test_evaluation_of_calibrated_predictions():
     assert ties["accuracy"] == 0.5 and ties["votes"] == 3  # the tie is neither right nor wrong
 
 
+def test_evaluation_of_sure_predictions():
+    """float32's probability of a margin of 20 is 1: such votes count in the bins, and their loss is a number."""
+    result = rm.evaluate_choices(np.float32([20, 18, -20, 1]), np.float32([1, 1, 1, 0]))
+    assert sum(votes for _, _, votes in result["calibration"]) == 4
+    # log(1 + exp(-margin)) for those that were preferred, log(1 + exp(margin)) for the one that was not
+    np.testing.assert_allclose(result["log_loss"], (20 + np.log1p(np.e)) / 4, rtol=1e-6)
+
+
 def test_evaluation_of_ratings():
     target = np.array([1.0, 2.0, 3.0, 3.0])
     assert rm.evaluate_ratings(target * 10, target)["accuracy"] == 1.0

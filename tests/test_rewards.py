@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from conftest import launch
 from PIL import Image
 from test_train import metrics
@@ -63,6 +64,15 @@ def test_a_reward_that_raises_is_named(images):
 
     with pytest.raises(InputError, match="my_reward raised ZeroDivisionError: oh no"):
         rewards.compute_rewards(my_reward, images, PROMPTS, METADATA)
+
+
+def test_a_reward_without_memory_is_not_blamed_on_a_prompt(images):
+    def my_reward(images, prompts, metadata):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(InputError, match=r"my_reward ran out of memory .*reward_options.batch_size") as error:
+        rewards.compute_rewards(my_reward, images, PROMPTS, METADATA)
+    assert PROMPTS[0] not in str(error.value)
 
 
 def test_scores_may_come_after_the_next_batch(tiny, tmp_path):

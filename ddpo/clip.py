@@ -29,9 +29,8 @@ def not_found(name, error):
     )
 
 
-@functools.lru_cache(maxsize=4)  # two rewards may share a model
 def load_clip(name, device="cpu", precision="fp32", processor=""):
-    """A CLIPModel, frozen, and its processor.
+    """A CLIPModel, frozen, and its processor; loaded once for all that use the same.
 
     Args:
         name: hub name or folder of the model.
@@ -39,10 +38,16 @@ def load_clip(name, device="cpu", precision="fp32", processor=""):
     Raises:
         InputError that says how to get the files, if they are not there.
     """
-    dtype = choose("reward_options.precision", precision, DTYPES)
+    return _load_clip(
+        str(name), str(device), choose("reward_options.precision", precision, DTYPES), str(processor or name)
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _load_clip(name, device, dtype, processor):
     try:
         model = CLIPModel.from_pretrained(name, dtype=dtype)
-        processor = CLIPProcessor.from_pretrained(processor or name)
+        processor = CLIPProcessor.from_pretrained(processor)
     except Exception as error:  # missing files, foreign formats: every loader has its own error
         raise not_found(name, error) from error
     # Some tokenizers know no limit; the model's own then cuts, or crashes.

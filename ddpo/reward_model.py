@@ -255,22 +255,28 @@ def evaluate_choices(margin, target, bins=5):
     }
 
 
-def evaluate_ratings(predicted, target, bins=5):
-    """What predictions (N,) say of ratings (N,).
+def evaluate_ratings(predicted, target, pictures=None, bins=5):
+    """What predictions (N,) say of ratings (N,) of `pictures` (N,), integers; by default one rating of each.
 
-    Returns a dict: `accuracy`, the share of picture pairs with different ratings that are put in the right order;
-    `rank_correlation` (Spearman); `rmse`; `r2`; `calibration`, a list of (mean prediction, mean rating, pictures) over
-    bins of equally many; and `calibration_error`, their mean distance. What ratings that are all alike do not say is
-    None.
+    Returns a dict: `accuracy`, the share of picture pairs with different mean ratings that are put in the right order;
+    `rank_correlation` (Spearman) of the pictures' means; and of the single ratings `rmse`; `r2`; `calibration`, a list
+    of (mean prediction, mean rating, pictures) over bins of equally many; and `calibration_error`, their mean distance.
+    What ratings that are all alike do not say is None.
     """
-    order = np.sign(predicted[:, None] - predicted) * np.sign(target[:, None] - target)
-    different = np.triu(target[:, None] != target, 1)
+    _, place, count = np.unique(
+        np.arange(len(target)) if pictures is None else pictures, return_inverse=True, return_counts=True
+    )
+    means, truth = (np.bincount(place, values) / count for values in (predicted, target))
+    right = different = 0
+    for i in range(len(truth)):  # row by row: all pairs of AVA's pictures would fill the memory
+        order = np.sign(means[i + 1 :] - means[i]) * np.sign(truth[i + 1 :] - truth[i])
+        right, different = right + (order > 0).sum(), different + (truth[i + 1 :] != truth[i]).sum()
     groups = [g for g in np.array_split(np.argsort(predicted, kind="stable"), bins) if len(g)]
     calibration = [(float(predicted[g].mean()), float(target[g].mean()), len(g)) for g in groups]
     return {
         "votes": len(target),
-        "accuracy": float((order > 0)[different].mean()) if different.any() else None,
-        "rank_correlation": rank_correlation(predicted, target),
+        "accuracy": float(right / different) if different else None,
+        "rank_correlation": rank_correlation(means, truth),
         "rmse": float(np.sqrt(((predicted - target) ** 2).mean())),
         "r2": float(1 - ((predicted - target) ** 2).mean() / target.var()) if target.var() else None,
         "calibration": calibration,

@@ -61,7 +61,10 @@ def load_vlm(model, device="cpu", precision="fp32", batch_size=32, vlm_name="", 
         address = model.rstrip("/")
         listed = list_models(address, timeout)
         if not (vlm_name or listed):
-            raise InputError(f"{address} lists no model: name one with --config.reward_options.vlm_name")
+            raise InputError(
+                f"{address} lists no model: is that its address up to /v1? If so, name one with "
+                "--config.reward_options.vlm_name"
+            )
         vlm_name = vlm_name or listed[0]
         return functools.partial(ask_server, address, vlm_name, timeout, concurrency)
     dtype = choose("reward_options.precision", precision, DTYPES)
@@ -144,19 +147,22 @@ def request_json(url, body, timeout, attempts=ATTEMPTS):
     server's own errors (5xx) are tried again after a pause that doubles. Raises one of FAILURES."""
     headers = {"Content-Type": "application/json"}
     if os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
+        headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY'].strip()}"
     data = None if body is None else json.dumps(body).encode()
     for attempt in range(1, attempts + 1):
         try:
             with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=timeout) as response:
-                return json.load(response)
-        except ValueError as error:
-            raise OSError(f"the answer is not JSON: {error}") from error
+                answer = response.read()
+            break
         except FAILURES as error:  # refused, timed out, HTTP status
             status = getattr(error, "code", None)
             if attempt == attempts or (status is not None and status != 429 and status < 500):
                 raise
             time.sleep(2 ** (attempt - 1) * (1 + random.random()))
+    try:
+        return json.loads(answer)
+    except ValueError as error:
+        raise OSError(f"the answer is not JSON: {error}") from error
 
 
 def describe(error):

@@ -23,6 +23,7 @@ import random
 import runpy
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -35,6 +36,7 @@ from ddpo import InputError, prompts, run_script
 from ddpo.pipeline_logprob import draw_noise, sample_with_logprob
 from ddpo.policy import load_policy, load_weights
 from ddpo.reward_model import read_choices, read_jsonl
+from ddpo.tracking import list_checkpoints
 from scripts.sample import open_run
 
 PAGE = Path(__file__).parent / "annotate.html"
@@ -72,7 +74,7 @@ def draw_pairs(policy, prompt_set, output, first, count, sample, seed=0):
 
 def pair_up(folder, output, pairs, count, seed=0):
     """Pairs the pictures of a folder, those of one caption with each other, and appends to OUTPUT/pairs.jsonl, which
-    has `pairs` already, until it has `count`. A picture is used a second time only once all have been used. Raises
+    has `pairs` already, until it has `count`: captions mixed, and the pictures least used so far first. Raises
     InputError if no two pictures can be compared."""
     if not os.path.isdir(folder):
         raise InputError(f"--images {folder}: there is no such folder")
@@ -85,14 +87,19 @@ def pair_up(folder, output, pairs, count, seed=0):
         raise InputError(f"--images {folder}: it has no two pictures ({', '.join(IMAGES)}) with the same caption")
     pairs, first, before = list(pairs), len(pairs), -1
     rng, seen = random.Random(f"{seed}/{first}"), {tuple(sorted(pair["images"])) for pair in pairs}
+    used = Counter(name for pair in pairs for name in pair["images"])
     while before < len(pairs) < count:  # until there are enough, or (nearly) all there are
-        before = len(pairs)
+        before, added = len(pairs), []
         for caption, paths in captions.items():
             rng.shuffle(paths)
+            if before == first:
+                paths.sort(key=used.__getitem__)  # which keeps the shuffled order of those used as often
             for a, b in zip(paths[::2], paths[1::2]):
                 if tuple(sorted((a, b))) not in seen:
                     seen.add(tuple(sorted((a, b))))
-                    pairs.append({"pair": len(pairs), "prompt": caption, "images": [a, b]})
+                    added.append((caption, [a, b]))
+        rng.shuffle(added)  # else whoever stops early has judged the first captions alone
+        pairs += [{"pair": before + i, "prompt": text, "images": images} for i, (text, images) in enumerate(added)]
     for pair in pairs[first:count]:
         append_line(output / "pairs.jsonl", pair)
 
@@ -208,10 +215,26 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def check_source(args, output, drawing):
+    """Raises InputError if the pairs in a folder are of other pictures than those asked for; OUTPUT/source.json says
+    what they are of. If none are to be drawn, an older checkpoint's will do."""
+    path, absolute = output / "source.json", os.path.abspath(args.images) if args.images else ""
+    checkpoints = list_checkpoints(args.run) if args.run else []
+    source = {"run": args.run, "checkpoint": os.path.basename(checkpoints[-1]) if checkpoints else "",
+              "config": args.config, "model": args.model, "images": absolute, "prompts": args.prompts,
+              "seed": args.seed}  # fmt: skip
+    old = (read_jsonl(path) or [source])[0] if path.exists() else source
+    for key in source:
+        if old.get(key) != source[key] and (key != "checkpoint" or drawing):
+            raise InputError(f"{output} holds pairs of another {key}, {old.get(key)!r}: choose another --output")
+    if drawing:
+        path.write_text(json.dumps(source) + "\n")
+
+
 def make_pairs(args, output):
     """Fills OUTPUT/pairs.jsonl up to args.pairs, from a model or from a folder."""
-    path = output / "pairs.jsonl"
-    existing = read_pairs(path)
+    existing = read_pairs(output / "pairs.jsonl")
+    check_source(args, output, len(existing) < args.pairs)
     if len(existing) >= args.pairs:
         return
     if args.images:
@@ -251,7 +274,7 @@ def main():
     parser.add_argument(
         "--prompts", nargs="+", default=[], help="a prompt set, a text file, or prompts; default: the run's or preset's"
     )
-    parser.add_argument("--pairs", type=int, default=500)
+    parser.add_argument("--pairs", type=int, default=500, help="how many there should be at least")
     parser.add_argument("--output", default="", help="default: RUN/annotations or runs/annotations-NAME")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others on the network in; there is no login")
@@ -259,13 +282,14 @@ def main():
     parser.add_argument("--draw_only", action="store_true", help="make the pairs and end")
     args = parser.parse_args()
 
-    name = Path(args.images or args.model or args.config.partition(":")[0]).stem
+    preset, _, variant = args.config.partition(":")
+    name = "-".join([Path(args.images or args.model or preset).stem, *filter(None, variant.split(","))])
     output = Path(args.output or (f"{args.run}/annotations" if args.run else f"runs/annotations-{name}"))
     output.mkdir(parents=True, exist_ok=True)
     make_pairs(args, output)
     if args.draw_only:
         return print(output)
-    pairs = read_pairs(output / "pairs.jsonl")[: args.pairs]
+    pairs = read_pairs(output / "pairs.jsonl")  # all: --pairs is how many there should be at least
     history(output / "choices.jsonl", "")  # if it cannot be read, now is the time to say so
     handler = functools.partial(Handler, output=output, pairs=pairs, lock=threading.Lock())
     try:

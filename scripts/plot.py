@@ -7,26 +7,25 @@ a band from the lowest to the highest.
 """
 
 import argparse
-import json
 import os
 
 import matplotlib
 import numpy as np
 
 from ddpo import InputError, run_script
+from ddpo.reward_model import read_jsonl
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
 def read_metrics(run):
-    """{key: array over epochs} of a run's metrics.jsonl."""
-    try:
-        with open(os.path.join(run, "metrics.jsonl")) as f:
-            lines = [json.loads(line) for line in f]
-        return {key: np.array([line[key] for line in lines]) for key in lines[0]}
-    except (OSError, ValueError, LookupError) as error:
-        raise InputError(f"{run!r} is not a run with a finished round: no lines in its metrics.jsonl") from error
+    """{key: array over epochs} of a run's metrics.jsonl: those keys that all its lines have."""
+    path = os.path.join(run, "metrics.jsonl")
+    lines = read_jsonl(path) if os.path.exists(path) else []
+    if not lines:
+        raise InputError(f"{run!r} is not a run with a finished round: no lines in its metrics.jsonl")
+    return {key: np.array([line[key] for line in lines]) for key in lines[0] if all(key in line for line in lines)}
 
 
 def plot_band(axes, x, y, name):

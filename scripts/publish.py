@@ -16,11 +16,10 @@ from pathlib import Path
 
 import matplotlib
 from huggingface_hub import HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from ddpo import InputError, run_script
-from ddpo.tracking import flatten, list_checkpoints
+from ddpo.tracking import epoch_of, flatten, list_checkpoints
 from scripts.plot import read_metrics
 
 matplotlib.use("Agg")
@@ -45,7 +44,8 @@ def base_licence(model):
 
 def write_card(run, config, kind, repo, checkpoint, licence, folder):
     """Writes FOLDER/README.md, curve.png and before_after.png. Returns the card's text."""
-    metrics = read_metrics(run)
+    epochs = epoch_of(checkpoint)  # what came after is of other weights
+    metrics = {key: values[:epochs] for key, values in read_metrics(run).items()}
     figure, axes = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
     axes.plot(metrics["reward_queries"], metrics["reward_mean"], marker=".")
     axes.set_xlabel("reward queries")
@@ -53,7 +53,7 @@ def write_card(run, config, kind, repo, checkpoint, licence, folder):
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / "curve.png", dpi=150)
     plt.close(figure)
-    grids = sorted(Path(run, "images").glob("epoch_*.png"))
+    grids = [g for g in sorted(Path(run, "images").glob("epoch_*.png")) if int(g.stem.split("_")[1]) <= epochs]
     if len(grids) > 1:
         before, after = Image.open(grids[0]), Image.open(grids[-1])
         sheet = Image.new("RGB", (before.width + 24 + after.width, max(before.height, after.height)), "white")
@@ -118,6 +118,8 @@ def prepare(run, repo, checkpoint, licence, folder):
     if not folders or (checkpoint and checkpoint not in folders):
         raise InputError(f"{run} has no checkpoint {checkpoint or 'yet'}; there is {', '.join(folders) or 'none'}")
     checkpoint = checkpoint or list(folders)[-1]
+    if not epoch_of(checkpoint):
+        raise InputError(f"{run}: {checkpoint} was saved before the first round was trained: it is the base model")
     kind = "lora" if config["lora_rank"] else "unet"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -149,7 +151,7 @@ def main():
     try:
         api.create_repo(args.repo, private=args.private or None, exist_ok=True)
         commit = api.upload_folder(repo_id=args.repo, folder_path=folder, commit_message="Upload by ddpo")
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the hub's, the network's, a name's: all have errors of their own
         raise InputError(f"the hub refused {args.repo}: {' '.join(str(error).split())[:300]}") from error
     print(commit.commit_url)
 

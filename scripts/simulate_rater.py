@@ -108,8 +108,10 @@ def main():
             print(f"{reward}: rank correlation on {len(pictures)} pictures with "
                   + ", ".join(f"{part} {rho:.3f}" for part, rho in shares.items()))  # fmt: skip
         return
+    output = args.output or folder / ("ratings.csv" if args.what == "rate" else "choices.jsonl")
+    if os.path.exists(output):  # a person's clicks, maybe
+        raise InputError(f"{output} is there already: choose another --output")
     if args.what == "rate":
-        output = args.output or folder / "ratings.csv"
         with open(output, "w", newline="") as f:
             writer = csv.writer(f)
             writer.writerow(("image", "score", "rater"))
@@ -117,7 +119,7 @@ def main():
                 felt = 5.5 + 1.5 * (likes[name]["taste"] + RATING_NOISE * rng.normal())
                 writer.writerow((name, int(np.clip(round(felt), 1, 10)), rater))
         return print(output)
-    output, as_liked, clear = args.output or folder / "choices.jsonl", 0, 0
+    as_liked, clear = 0, 0
     with open(output, "w") as f:
         for pair in pairs[:needed]:
             left, right = shown(pair, rater)

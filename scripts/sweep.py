@@ -144,15 +144,16 @@ def run_jobs(jobs, args):
                     f"{metrics['reward_mean'][-1]:.3f}; about {timedelta(seconds=round(left))} left",
                     flush=True,
                 )
-    except KeyboardInterrupt:
-        for process, _ in running.values():
-            if process is not None:
-                process.send_signal(signal.SIGINT)
+    except BaseException as error:  # Ctrl-C, or a job that cannot be started or collected
+        processes = [process for process, _ in running.values() if process is not None]
+        for process in processes:
+            process.send_signal(signal.SIGINT)
         print("stopping: the jobs finish their round and save", flush=True)
-        for process, _ in running.values():
-            if process is not None:
-                process.wait()
-        sys.exit(130)
+        for process in processes:
+            process.wait()
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(130)
+        raise
     return failed
 
 

@@ -3,7 +3,7 @@
     python -m scripts.train_reward --choices runs/annotations/choices.jsonl --output runs/my-reward
     python -m scripts.train_reward --ratings ratings.csv --images FOLDER --output runs/my-reward
     python -m scripts.train_reward --ratings AVA.txt --images AVA/images --output runs/my-reward
-    accelerate launch train.py --config.reward=learned:runs/my-reward
+    accelerate launch train.py --config config/emoji.py:aesthetic --config.reward=learned:runs/my-reward
 
 --choices takes files of scripts.annotate, of any number of raters. --ratings takes a CSV or JSONL with the columns
 image, score and, if several people rated, rater; or AVA's list of vote counts.
@@ -147,7 +147,7 @@ def main():
         evaluation = evaluate_choices(margin, given)
     else:
         margin = (values * scale[1] + scale[0]).numpy()
-        evaluation = evaluate_ratings(margin, given)
+        evaluation = evaluate_ratings(margin, given, index[held_out].numpy())
     if not args.no_refit:
         head, _ = train_head(embeddings, index, scaled, epochs=epochs, **options, progress="training on all")
     last = head if not args.hidden else head[-1]

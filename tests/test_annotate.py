@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -189,8 +190,9 @@ def test_pairs_of_a_folder_can_be_enlarged(pictures, tmp_path):
         assert pairs[: len(before)] == before and len(pairs) <= expected
         assert len(pairs) == expected or len(pairs) > 20  # "(nearly) all there are"
         assert len({tuple(sorted(pair["images"])) for pair in pairs}) == len(pairs)
-        if count == 4:
-            assert len({name for pair in pairs for name in pair["images"]}) == 8  # none is used twice yet
+        used = Counter(name for pair in pairs for name in pair["images"])
+        assert len(used) == (8 if count == 4 else 12)  # none twice before all have been used
+        assert len({pair["prompt"] for pair in pairs[:4]}) == 2  # captions are mixed
     os.remove(pairs[7]["images"][1])
     with pytest.raises(InputError, match=f"the picture {pairs[7]['images'][1]} of pair 7 is not there"):
         read_pairs(path)
@@ -219,7 +221,10 @@ def test_pairs_of_a_preset_with_another_model(tiny, tmp_path):
     pairs = read_pairs(tmp_path / "pairs.jsonl")
     known = {prompt for prompt, _ in prompts.animal_activities()}
     assert len(pairs) == 2 and {pair["prompt"] for pair in pairs} <= known
-    result = run([*command, 3, "--config", "config/emojy.py"])
+    result = run([*command, 2, "--config", "config/emoji.py"])  # which has other prompts
+    assert result.returncode == 1 and "another config, 'config/emoji.py:alignment': choose another" in result.stderr
+    assert read_pairs(tmp_path / "pairs.jsonl") == pairs
+    result = run([*command, 3, "--output", tmp_path / "other", "--config", "config/emojy.py"])
     assert result.returncode == 1 and "error: --config config/emojy.py: no preset can be read there" in result.stderr
 
 

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from config.base import get_config
 from ddpo.policy import load_policy, save_weights
+from scripts.publish import prepare
 
 
 class Hub(Handler):
@@ -145,6 +147,11 @@ def test_dry_run_and_mistakes(tiny, tmp_path, hub):
     assert result.returncode == 0, result.stderr
     assert not hub.calls and (tmp_path / "run/publish/pytorch_lora_weights.safetensors").exists()
     assert "see" in (tmp_path / "run/publish/README.md").read_text().split("## Licence")[1]  # none is known
+    shutil.copytree(tmp_path / "run/checkpoints/epoch_0002", tmp_path / "run/checkpoints/epoch_0001")
+    prepare(str(tmp_path / "run"), "me/model", "epoch_0001", "", tmp_path / "run/publish")
+    card = (tmp_path / "run/publish/README.md").read_text()  # says nothing of the round after it
+    assert "from 1.25 in the first round to 1.25 in round 1\n(8 reward queries)" in card and "epoch_0001" in card
+    assert not (tmp_path / "run/publish/before_after.png").exists()
     result = publish(tmp_path / "run", HF_ENDPOINT=hub.address)
     assert "error: no token" in result.stderr and not hub.calls
     hub.status = 403

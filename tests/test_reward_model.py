@@ -95,6 +95,9 @@ def test_evaluation_of_ratings():
     assert rm.evaluate_ratings(target * 10, target)["rank_correlation"] == pytest.approx(1)
     result = rm.evaluate_ratings(np.array([2.0, 1.0, 3.0, 4.0]), target)  # one of the five ordered pairs is wrong
     assert result["accuracy"] == pytest.approx(4 / 5) and result["rmse"] == pytest.approx(np.sqrt(3 / 4))
+    twice = np.repeat(target, 2)  # two raters, who differ: a picture cannot be ordered before itself
+    result = rm.evaluate_ratings(twice, twice + np.tile([-0.3, 0.3], 4), np.repeat(np.arange(4), 2))
+    assert result["accuracy"] == 1.0 and result["rmse"] == pytest.approx(0.3) and result["votes"] == 8
 
 
 def test_agreement_counts_pairs_of_raters():

@@ -1,12 +1,15 @@
 """The simulated rater has the taste and noise that it claims, and the committed reward model has learned from it."""
 
+import sys
+
 import numpy as np
+import pytest
 from conftest import ROOT
 from PIL import Image
 
 from config.emoji import get_config
-from ddpo import rewards
-from scripts.simulate_rater import TEMPERATURE, TIE, choose, taste
+from ddpo import InputError, rewards
+from scripts.simulate_rater import TEMPERATURE, TIE, choose, main, taste
 
 
 def scene(background, busy=0, size=24):
@@ -42,3 +45,15 @@ def test_the_committed_reward_model_likes_warm_backgrounds():
     pictures = [scene(colour) for colour in ((240, 168, 92), (222, 100, 96), (112, 158, 224), (128, 192, 118))]
     values, _ = reward(pictures, ["a cat"] * 4, [{}] * 4)
     assert values[:2].min() > values[2:].max()
+
+
+def test_no_clicks_are_overwritten(tmp_path, monkeypatch):
+    """A person's, in the file that is the default."""
+    scene((230, 140, 60)).save(tmp_path / "a.png")
+    (tmp_path / "pairs.jsonl").write_text('{"pair": 0, "prompt": "a cat", "images": ["a.png", "a.png"]}\n')
+    for what, name in (("choose", "choices.jsonl"), ("rate", "ratings.csv")):
+        (tmp_path / name).write_text("dear\n")
+        monkeypatch.setattr(sys, "argv", ["simulate_rater", what, "--pairs", str(tmp_path), "--count", "1"])
+        with pytest.raises(InputError, match=f"{name} is there already: choose another --output"):
+            main()
+        assert (tmp_path / name).read_text() == "dear\n"

@@ -107,3 +107,14 @@ def test_a_sweep_that_is_stopped_tells_its_jobs_and_waits_for_them(tmp_path, mon
     with pytest.raises(SystemExit):
         sweep.main()
     assert heard == [signal.SIGINT, signal.SIGINT, "waited", "waited"]
+
+    def start(run_dir, options, threads):  # the second job's folder is another job's
+        if len(heard) == 5:
+            raise InputError("made with other options")
+        heard.append("started")
+        return Job()
+
+    monkeypatch.setattr(sweep, "start", start)
+    with pytest.raises(InputError, match="other options"):
+        sweep.main()
+    assert heard[4:] == ["started", signal.SIGINT, "waited"]

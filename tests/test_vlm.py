@@ -21,6 +21,7 @@ from conftest import ROOT, Handler
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertModel,
     CLIPImageProcessor,
@@ -262,6 +263,50 @@ def test_answers_come_back_in_order_over_concurrent_retried_requests(scripted, m
     assert body["model"] == "some-model" and body["temperature"] == 0 and headers["Content-Type"] == "application/json"
     scripted.plan = lambda number, body: said(colour_of(body))
     assert vlm.load_vlm(scripted.address, concurrency=5)(pictures, ["what?"] * 5) == colours
+
+
+def test_what_the_paper_asks(scripted, bert):
+    """The question, the JPEG's quality, and which of the two texts is recalled in which."""
+    scripted.plan = lambda number, body: said({"red": "a cat riding", "blue": "dog"}[colour_of(body)])
+    settings = options(bertscore_model=bert, bertscore_layer=2)
+    pictures = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    values, _ = rewards.get_reward(f"alignment:{scripted.address}", options=settings)(pictures, ["a cat"] * 2, [{}] * 2)
+    network, tokenizer = BertModel.from_pretrained(bert), AutoTokenizer.from_pretrained(bert)
+    recalls = []
+    for description in ("a cat riding", "dog"):
+        embeddings = []
+        for text in (description, "The image contains a cat"):
+            layers = network(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states
+            embeddings.append(torch.nn.functional.normalize(layers[2][0, 1:-1].detach(), dim=-1))  # no [CLS], [SEP]
+        recalls.append(float((embeddings[1] @ embeddings[0].T).max(1).values.mean()))
+    np.testing.assert_allclose(values, recalls, atol=1e-5)
+    assert recalls[0] > recalls[1]
+    content = scripted.requests[0][2]["messages"][0]["content"]
+    assert content[1]["text"] == "Answer concisely: what is going on in this image?"
+    sent = Image.open(io.BytesIO(base64.b64decode(content[0]["image_url"]["url"].split(",")[1])))
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "JPEG", quality=80)
+    assert sent.quantization == Image.open(buffer).quantization
+
+
+def test_answers_are_counted(scripted):
+    """Two questions a picture: how many, and what animal."""
+    scripted.plan = lambda number, body: said(
+        "three" if "how many" in body["messages"][0]["content"][1]["text"].lower() else "I see a cat."
+    )
+    metadata = [{"questions": ["How many cats?", "What animal?"], "answers": [n, a]}
+                for n, a in (("three", "cat"), ("two", "cat"), ("two", "dog"))]  # fmt: skip
+    pictures = [Image.new("RGB", (16, 16), "red")] * 3
+    values, _ = rewards.get_reward(f"counting:{scripted.address}")(pictures, ["cats"] * 3, metadata)
+    assert values.tolist() == [1.0, 0.5, 0.0]
+
+
+def test_a_key_with_a_line_end(scripted, monkeypatch):
+    """As files of secrets have: it is sent without, and it is in no message."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+    scripted.plan = lambda number, body: said("yes")
+    assert vlm.load_vlm(scripted.address)([Image.new("RGB", (16, 16))], ["what?"]) == ["yes"]
+    assert scripted.requests[0][1]["Authorization"] == "Bearer secret"
 
 
 def test_a_failing_server_names_the_picture(scripted):

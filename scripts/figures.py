@@ -116,7 +116,8 @@ def draw_over_training(axes_of, job, indices):
 
 
 def draw_fig4(jobs):
-    """Reward against reward queries: a panel per task, a curve per algorithm; below, what the first seed draws last."""
+    """Reward against reward queries: a panel per task, a curve per algorithm; below, what the first seed draws last,
+    with the share of all seeds' animals that a classifier, which is no reward, names."""
     panels = [label for label in LABELS if any(job.panel == label for job in jobs)] or sorted({j.panel for j in jobs})
     figure = plt.figure(figsize=(3.0 * max(2, len(panels)), 4.4), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1.6, 1])
@@ -132,8 +133,11 @@ def draw_fig4(jobs):
             handles.setdefault(line.get_label(), line)
         axes.set(title=LABELS.get(panel, panel), xlabel="reward queries")
         for picture, (curve, mine) in zip(strip.subplots(1, len(curves), squeeze=False)[0], curves.items()):
-            last = f"epoch_{mine[0].config['num_epochs']:04d}.png"
-            show(picture, last, mine[0], range(min(3, mine[0].config["grid_images"])), LABELS.get(curve, curve))
+            last, title = f"epoch_{mine[0].config['num_epochs']:04d}.png", LABELS.get(curve, curve)
+            if mine[0].evaluations:
+                named = [job.evaluated("seen, stochastic", "classifier_accuracy")[-1] for job in mine]
+                title += f"\n{np.mean(named):.0%} named"
+            show(picture, last, mine[0], range(min(3, mine[0].config["grid_images"])), title)
     above.axes[0].set_ylabel("mean reward of a round")
     above.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return figure

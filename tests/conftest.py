@@ -16,6 +16,15 @@ from scripts.make_random_model import make_random_model
 ROOT = Path(__file__).parent.parent
 
 
+LONGEST = "processes reliability train inputs evaluation annotate publish sweep policy bench".split()  # of the files
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that the two workers end together."""
+    order = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.module.__name__, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     return make_random_model("tiny", tmp_path_factory.mktemp("tiny") / "epsilon")

@@ -47,30 +47,21 @@ def test_four_processes_equal_one(tiny, tmp_path, alone):
     assert_same_run(run, alone)
 
 
-def test_two_processes_save_and_one_resumes(tiny, tmp_path, alone):
-    """One epoch by two processes, the next by one; and the other way around."""
-    for first, second in ((2, 1), (1, 2)):
-        run = tmp_path / f"{first}{second}"
-        launch(model=tiny, run_dir=run, num_epochs=1, processes=first, direct=first == 1, **BY_PROMPT)
-        launch(model=tiny, resume=run, processes=second, direct=second == 1, **BY_PROMPT)
-        assert_same_run(run, alone)
+def test_one_process_saves_and_two_of_torchrun_resume(tiny, tmp_path, alone):
+    run = tmp_path / "run"
+    launch(model=tiny, run_dir=run, num_epochs=1, direct=True, **BY_PROMPT)
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    launch(model=tiny, resume=run, launcher=launcher, **BY_PROMPT)
+    assert_same_run(run, alone)
 
 
-def test_rwr_sparse_with_an_average_in_two_processes(tiny, tmp_path):
-    """A few samples count, perhaps none of a process's own: one epoch by two processes, the next by one, and both by
-    one are the same."""
+def test_two_processes_save_and_one_resumes(tiny, tmp_path):
+    """With RWR-sparse, of which a few samples count, perhaps none of a process's own, and an average of the weights."""
     options = {**BY_PROMPT, "algorithm": "rwr_sparse", "train__keep_percentile": 80, "train__ema_decay": 0.5}
     launch(model=tiny, run_dir=tmp_path / "one", direct=True, **options)
     launch(model=tiny, run_dir=tmp_path / "two", num_epochs=1, processes=2, **options)
     launch(model=tiny, resume=tmp_path / "two", direct=True, **options)
     assert_same_run(tmp_path / "two", tmp_path / "one")
-
-
-def test_processes_started_by_torchrun(tiny, tmp_path, alone):
-    run = tmp_path / "run"
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    launch(model=tiny, run_dir=run, launcher=launcher, **BY_PROMPT)
-    assert_same_run(run, alone)
 
 
 def test_a_number_of_processes_that_cannot_be_found_out(tiny, tmp_path):

@@ -15,9 +15,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
+import scripts.publish
 from config.base import get_config
+from ddpo import InputError
 from ddpo.policy import load_policy, save_weights
-from scripts.publish import prepare
 
 
 class Hub(Handler):
@@ -140,20 +141,23 @@ def test_what_is_uploaded_is_the_run(tiny, tmp_path, hub, lora_rank):
         assert all(torch.equal(a, b) for a, b in zip(said["pipe"].unet.parameters(), policy.unet.parameters()))
 
 
-def test_dry_run_and_mistakes(tiny, tmp_path, hub):
+def test_dry_run_and_mistakes(tiny, tmp_path, hub, monkeypatch):
     (tmp_path / "run").mkdir()
     make_run(tiny, tmp_path / "run", 4)
-    result = publish(tmp_path / "run", "--dry-run", HF_ENDPOINT=hub.address)
-    assert result.returncode == 0, result.stderr
-    assert not hub.calls and (tmp_path / "run/publish/pytorch_lora_weights.safetensors").exists()
+    monkeypatch.setattr(scripts.publish, "get_token", lambda: None)
+    arguments = ["publish", "--run", str(tmp_path / "run"), "--repo", "me/model"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--dry-run"])
+    scripts.publish.main()
+    assert (tmp_path / "run/publish/pytorch_lora_weights.safetensors").exists()
     assert "see" in (tmp_path / "run/publish/README.md").read_text().split("## Licence")[1]  # none is known
     shutil.copytree(tmp_path / "run/checkpoints/epoch_0002", tmp_path / "run/checkpoints/epoch_0001")
-    prepare(str(tmp_path / "run"), "me/model", "epoch_0001", "", tmp_path / "run/publish")
+    scripts.publish.prepare(str(tmp_path / "run"), "me/model", "epoch_0001", "", tmp_path / "run/publish")
     card = (tmp_path / "run/publish/README.md").read_text()  # says nothing of the round after it
     assert "from 1.25 in the first round to 1.25 in round 1\n(8 reward queries)" in card and "epoch_0001" in card
     assert not (tmp_path / "run/publish/before_after.png").exists()
-    result = publish(tmp_path / "run", HF_ENDPOINT=hub.address)
-    assert "error: no token" in result.stderr and not hub.calls
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(InputError, match="no token"):
+        scripts.publish.main()
     hub.status = 403
     result = publish(tmp_path / "run", HF_ENDPOINT=hub.address, HF_TOKEN="hf_secret")
     assert "error: the hub refused me/model" in result.stderr and "Traceback" not in result.stderr and not hub.files

@@ -2,13 +2,12 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, command_line, launch
+from conftest import SMALL, command_line, launch
 from conftest import run as run_command
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
@@ -219,8 +218,8 @@ def test_sample_and_plot_and_evaluate(tiny, tmp_path):
         ),
         (["plot", reference, "--output", tmp_path / "curve.png"], tmp_path / "curve.png"),
     ):
-        command = [sys.executable, "-m", f"scripts.{command[0]}", *map(str, command[1:])]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        result = run_command([sys.executable, f"scripts/{command[0]}.py", *map(str, command[1:])])
+        assert result.returncode == 0, result.stderr
         assert Image.open(output).size[0] > 200
     evaluation = json.loads((reference / "evaluation.json").read_text())
     for section in [

@@ -282,12 +282,14 @@ SCALING = {  # images, steps, processes -> what it is compared with
 
 
 def scaling_setups(command, base):
-    """[(name, command, options)] of SCALING: more images, with more updates of the same size; more steps; processes."""
+    """[(name, command, options)] of SCALING: more images, with more updates of the same size; more steps; processes, with
+    as large a batch in each."""
     per_update = base["sample.images_per_epoch"] // base["train.updates_per_epoch"]
     setups = []
     for images, steps, processes in SCALING:
-        own = base | {"sample.images_per_epoch": images, "train.updates_per_epoch": images // per_update}
-        own |= {"sample.batch_size": per_update // processes, "train.batch_size": per_update // processes}
+        updates = images // (per_update * processes)
+        own = base | {"sample.images_per_epoch": images, "train.updates_per_epoch": updates}
+        own |= {"sample.batch_size": per_update, "train.batch_size": per_update}
         own |= {"sample.num_steps": steps, "processes": processes}
         name = f"{images} images, {steps} steps, {processes} process{'es' * (processes > 1)}"
         setups.append((name, launch(command, processes), own))

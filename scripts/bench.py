@@ -282,8 +282,8 @@ SCALING = {  # images, steps, processes -> what it is compared with
 
 
 def scaling_setups(command, base):
-    """[(name, command, options)] of SCALING: more images, with more updates of the same size; more steps; processes, with
-    as large a batch in each."""
+    """[(name, command, options)] of SCALING: more images, with more updates of the same size; more steps; processes,
+    with as large a batch in each."""
     per_update = base["sample.images_per_epoch"] // base["train.updates_per_epoch"]
     setups = []
     for images, steps, processes in SCALING:
@@ -370,7 +370,7 @@ def main():
         trl = [make_trl(args.trl_folder), "-m", "scripts.bench_trl"]
         setups += [("trl, batches as ours", trl, base), ("trl, batches as its post", trl, as_post(base))]
     machine = hardware(threads)
-    result = {"command": sys.argv[1:], "commit": commit(), "hardware": machine, "options": base}
+    result = {"command": sys.argv[1:], "commit": commit(), "hardware": machine, "options": base | {"model": args.model}}
     counted = f"median (smallest-largest) of {args.repetitions} epochs after {args.warmup}"
     where = f"{args.model}, {machine}, commit {result['commit']}; {counted}"
     with tempfile.TemporaryDirectory() as folder:

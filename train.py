@@ -274,14 +274,15 @@ def train(config, preset):
             "ratio_error": float(accelerator.gather(ratio_error).max()),
             "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0,
         }
-        last = epoch + 1 == config.num_epochs or metrics["reward_mean"] >= config.stop_reward
+        reached = metrics["reward_mean"] >= config.stop_reward
+        last = reached or epoch + 1 == config.num_epochs
         if accelerator.is_main_process:
             log_metrics(accelerator, run_dir, metrics)
             shown = ("reward_mean", "reward_std", "approx_kl", "clip_fraction", "ratio_error", "grad_norm", "seconds")
             tqdm.write(f"epoch {epoch:3d}  " + "  ".join(f"{k} {metrics[k]:.4g}" for k in shown if k in metrics))
             if metrics["ratio_error"] > opt.clip_range:
                 tqdm.write(guards.RATIO_WARNING.format(metrics["ratio_error"], opt.clip_range))
-            if metrics["reward_mean"] >= config.stop_reward:
+            if reached:
                 tqdm.write(f"the mean reward has reached stop_reward = {config.stop_reward:g}")
         trajectories = latents = prompt_embeds = None  # room for other pictures
         due = [last or (every and (epoch + 1) % every == 0) for every in (config.grid_every, config.evaluate.every)]

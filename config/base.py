@@ -6,6 +6,7 @@ Options marked (memory) change speed and memory, never the result.
 """
 
 import math
+import runpy
 
 from ml_collections import ConfigDict
 
@@ -97,6 +98,12 @@ def get_config():
     evaluate.clip = ""  # CLIP model whose embeddings diversity is measured by; empty: none
     evaluate.classifier = ""  # models/emoji/classifier or one like it, to name the prompt's animal; empty: none
     return config.lock()  # a preset that misspells a key fails
+
+
+def load_preset(preset):
+    """The config of FILE[:VARIANT], as --config takes it."""
+    path, _, variant = preset.partition(":")
+    return runpy.run_path(path)["get_config"](*filter(None, [variant]))
 
 
 # What may differ in a resumed run without changing what is computed (memory knobs: beyond rounding).

@@ -9,12 +9,12 @@ The settings are small, for two CPU cores: 32 images of 5 steps a round instead 
 """
 
 SEEDS = (0, 1, 2)
+WARMUP_ROUNDS = 4  # of a rising learning rate: Adam's first updates would else cost more than a short run gains
 SMALL = {
     "stop_reward": "inf", "grid_every": 0, "grid_images": 6, "save_every": 1, "keep_checkpoints": 1, "num_epochs": 12,
     "sample.num_steps": 5, "sample.images_per_epoch": 32, "sample.batch_size": 8, "train.batch_size": 8,
-    "train.updates_per_epoch": 4, "train.warmup_updates": 16,
+    "train.updates_per_epoch": 4, "train.warmup_updates": 4 * WARMUP_ROUNDS,
 }  # fmt: skip
-WARMUP_ROUNDS = 4  # the 16 updates above: Adam's first ones would else cost more than a short run gains
 TASKS = ("compressibility", "incompressibility", "aesthetic")
 DDPO_RATES, RWR_RATES = (1e-4, 3e-4, 1e-3), (3e-5, 1e-4, 3e-4)  # three each; RWR makes five times as many updates
 LONG = {

@@ -239,9 +239,8 @@ def evaluate_choices(margin, target, bins=5):
     """
     probability = 1 / (1 + np.exp(-margin.astype(np.float64)))  # float32's is 1 from a margin of 17 on
     clear = target != 0.5
-    calibration = []
-    for low in np.arange(bins) / bins:
-        inside = (probability >= low) & ((probability < low + 1 / bins) | (low == (bins - 1) / bins))
+    calibration, place = [], np.minimum(probability * bins, bins - 1).astype(int)  # probability 1 is in the last bin
+    for inside in (place == i for i in range(bins)):
         if inside.any():
             calibration.append((float(probability[inside].mean()), float(target[inside].mean()), int(inside.sum())))
     clipped = probability.clip(1e-12, 1 - 1e-12)

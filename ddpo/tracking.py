@@ -23,9 +23,7 @@ def start_run(run_dir, config):
     lock_run(run_dir)
     path, new = os.path.join(run_dir, "config.json"), flatten(config)
     if os.path.exists(path):
-        with open(path) as f:
-            old = flatten(json.load(f))
-        old = flatten(get_config()) | old  # a run older than an option has had its default
+        old = read_options(run_dir)
         for key in sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k)):
             if key not in ("run_dir", "resume", "num_epochs"):
                 matters = (
@@ -35,6 +33,12 @@ def start_run(run_dir, config):
     with open(path + ".tmp", "w") as f:
         json.dump(config.to_dict(), f, indent=2)
     os.replace(path + ".tmp", path)
+
+
+def read_options(run_dir):
+    """{dotted name: value} of a run's config.json. A run older than an option has had its default."""
+    with open(os.path.join(run_dir, "config.json")) as f:
+        return flatten(get_config()) | flatten(json.load(f))
 
 
 def describe_run(run_dir, config, first_epoch, prompt_count, trained_weights, trained_steps):

@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import random
-import runpy
 import threading
 import time
 from collections import Counter
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from config.base import load_preset
 from ddpo import InputError, prompts, run_script
 from ddpo.pipeline_logprob import draw_noise, sample_with_logprob
 from ddpo.policy import load_policy, load_weights
@@ -218,11 +218,10 @@ class Handler(BaseHTTPRequestHandler):
 def check_source(args, output, drawing):
     """Raises InputError if the pairs in a folder are of other pictures than those asked for; OUTPUT/source.json says
     what they are of. If none are to be drawn, an older checkpoint's will do."""
-    path, absolute = output / "source.json", os.path.abspath(args.images) if args.images else ""
-    checkpoints = list_checkpoints(args.run) if args.run else []
-    source = {"run": args.run, "checkpoint": os.path.basename(checkpoints[-1]) if checkpoints else "",
-              "config": args.config, "model": args.model, "images": absolute, "prompts": args.prompts,
-              "seed": args.seed}  # fmt: skip
+    path = output / "source.json"
+    source = {key: getattr(args, key) for key in ("run", "config", "model", "prompts", "seed")}
+    source["images"] = os.path.abspath(args.images) if args.images else ""
+    source["checkpoint"] = "".join(map(os.path.basename, list_checkpoints(args.run)[-1:])) if args.run else ""
     old = (read_jsonl(path) or [source])[0] if path.exists() else source
     for key in source:
         if old.get(key) != source[key] and (key != "checkpoint" or drawing):
@@ -255,9 +254,8 @@ def open_model(args):
         config, policy, folder = open_run(args.run)
         load_weights(policy, folder)
         return config, policy
-    path, _, variant = args.config.partition(":")
     try:
-        config = runpy.run_path(path)["get_config"](*filter(None, [variant]))
+        config = load_preset(args.config)
     except (OSError, KeyError, SyntaxError) as error:
         raise InputError(f"--config {args.config}: no preset can be read there ({error})") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"

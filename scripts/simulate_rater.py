@@ -95,6 +95,9 @@ def main():
     needed = args.count if args.what == "choose" else -(-args.count // 2)
     if len(pairs) < needed:
         raise InputError(f"{folder} has {len(pairs)} pairs from {args.first} on, and {needed} are needed")
+    output = args.output or folder / ("ratings.csv" if args.what == "rate" else "choices.jsonl")
+    if args.what != "check" and os.path.exists(output):  # a person's clicks, maybe
+        raise InputError(f"{output} is there already: choose another --output")
     rng = np.random.default_rng((args.seed, 4))
     names = [name for pair in pairs[:needed] for name in pair["images"]]
     likes = {name: taste(Image.open(folder / name)) for name in tqdm(names, "looking")}
@@ -108,9 +111,6 @@ def main():
             print(f"{reward}: rank correlation on {len(pictures)} pictures with "
                   + ", ".join(f"{part} {rho:.3f}" for part, rho in shares.items()))  # fmt: skip
         return
-    output = args.output or folder / ("ratings.csv" if args.what == "rate" else "choices.jsonl")
-    if os.path.exists(output):  # a person's clicks, maybe
-        raise InputError(f"{output} is there already: choose another --output")
     if args.what == "rate":
         with open(output, "w", newline="") as f:
             writer = csv.writer(f)

@@ -14,7 +14,6 @@ import argparse
 import glob
 import json
 import os
-import runpy
 import shlex
 import shutil
 import signal
@@ -25,10 +24,10 @@ from datetime import timedelta
 
 import torch
 
-from config.base import NO_EFFECT, get_config
+from config.base import NO_EFFECT, load_preset
 from config.sweeps import SEEDS, SWEEPS, job_of, seed_jobs, tuning_jobs
 from ddpo import InputError, choose, run_script
-from ddpo.tracking import flatten, list_checkpoints
+from ddpo.tracking import flatten, list_checkpoints, read_options
 from scripts.plot import read_metrics
 from scripts.provenance import commit, processor
 
@@ -43,10 +42,7 @@ def train_command(options, threads):
 def check_options(folder, options):
     """The options, by dotted name, of the run whose config.json is in a folder. Raises InputError if they are not those
     that a job with these `options` would have now."""
-    preset, _, variant = options["config"].partition(":")
-    wanted = flatten(runpy.run_path(preset)["get_config"](*filter(None, [variant]))) | options
-    with open(os.path.join(folder, "config.json")) as f:
-        made = flatten(get_config()) | flatten(json.load(f))  # a run older than an option has had its default
+    made, wanted = read_options(folder), flatten(load_preset(options["config"])) | options
     for key in sorted(wanted.keys() - {"config"}):
         if str(made[key]) != str(wanted[key]) and (key in options or key not in NO_EFFECT):
             raise InputError(f"{folder} was made with other options ({key} {made[key]}, now {wanted[key]}): remove it")

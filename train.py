@@ -22,13 +22,14 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from config.base import check
-from ddpo import InputError, choose, cli, guards, prompts, rewards, use_cpu
+from ddpo import cli, guards, prompts, rewards
 from ddpo.checkpoint import load_checkpoint, save_checkpoint, truncate_metrics
 from ddpo.ddim_logprob import step_stds
+from ddpo.errors import InputError, choose
 from ddpo.evaluation import draw_grid, load_evaluation, split_prompts
+from ddpo.hardware import fit_batch_sizes, peak_memory_gb, use_cpu
 from ddpo.losses import ALGORITHMS, TIMESTEPS
-from ddpo.memory import fit_batch_sizes, peak_memory_gb
+from ddpo.options import check
 from ddpo.pipeline_logprob import draw_noise, sample_log_prob, sample_with_logprob, step_log_prob
 from ddpo.policy import load_policy
 from ddpo.stat_tracking import ADVANTAGES, PerPromptStatTracker

@@ -16,8 +16,8 @@ their backward passes to train; one of `one_gpu` 2,400 and 2,400. Not yet run on
 the memory been measured on a GPU. The pipeline at its true size, with random weights, has run: see README.
 """
 
+from config.base import choose_variant
 from config.base import get_config as base
-from ddpo import choose
 
 
 def get_config(variant="lora"):
@@ -30,7 +30,7 @@ def get_config(variant="lora"):
     config.sample.guidance_scale = 5.0
     config.train.updates_per_epoch = 4
     config.train.clip_range = 1e-4
-    return choose("variant", variant, {"lora": lora, "full": full, "one_gpu": one_gpu})(config)
+    return choose_variant(variant, {"lora": lora, "full": full, "one_gpu": one_gpu})(config)
 
 
 def lora(config):

@@ -17,8 +17,8 @@ Runs, pictures and what falls short: results/emoji/README.md and results/prefere
 
 import math
 
+from config.base import choose_variant
 from config.base import get_config as base
-from ddpo import choose
 
 TASKS = {  # name -> reward, prompts, rounds at most, mean reward to stop at, and the method used
     # Beyond that reward the policy saves bytes on the animals; how many rounds it takes differs from seed to seed.
@@ -34,7 +34,7 @@ def get_config(variant="compressibility"):
     task, _, method = variant.partition(",")
     config = base()
     config.model = "models/emoji"
-    config.reward, config.prompts, config.num_epochs, config.stop_reward, usual_method = choose("variant", task, TASKS)
+    config.reward, config.prompts, config.num_epochs, config.stop_reward, usual_method = choose_variant(task, TASKS)
     config.grid_every = 2
     config.evaluate.clip = "models/emoji/clip"
     config.evaluate.classifier = "models/emoji/classifier"
@@ -45,7 +45,7 @@ def get_config(variant="compressibility"):
     config.train.batch_size = 16  # the samples of an update: so transitions are trained in the batch they came from
     config.train.updates_per_epoch = 8
     config.train.clip_range = 1e-2  # the latent has 1,024 dimensions, not Stable Diffusion's 16,384: see README
-    if choose("method", method or usual_method, {"lora": True, "full": False}):
+    if choose_variant(method or usual_method, {"lora": True, "full": False}):
         config.lora_rank = 16
         config.lora_targets = "to_q,to_k,to_v,to_out.0,proj,net.2,conv1,conv2"  # attention, feed-forward, convolutions
         config.train.learning_rate = 5e-3

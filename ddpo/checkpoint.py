@@ -9,16 +9,28 @@ checkpoint is written beside its place and renamed when it is whole, and only th
 import glob
 import json
 import os
+import re
 import shutil
 
 import torch
 from accelerate import PartialState
 
-from ddpo import InputError
+from ddpo.errors import InputError
 from ddpo.policy import load_weights, save_weights
-from ddpo.tracking import epoch_of, list_checkpoints
 
 TEMPORARY = ".tmp"  # behind the name of a checkpoint that is being written
+
+
+def list_checkpoints(run_dir):
+    """The finished checkpoints of a run, oldest first."""
+    parent = os.path.join(run_dir, "checkpoints")
+    names = os.listdir(parent) if os.path.isdir(parent) else []
+    return sorted((os.path.join(parent, n) for n in names if re.fullmatch(r"epoch_\d+", n)), key=epoch_of)
+
+
+def epoch_of(folder):
+    """The number of epochs that a checkpoint's folder names."""
+    return int(os.path.basename(folder).removeprefix("epoch_"))
 
 
 def save_checkpoint(run_dir, epoch, policy, optimizer, scaler, tracker, keep):

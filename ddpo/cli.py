@@ -17,9 +17,9 @@ from accelerate.commands.launch import launch_command_parser
 from ml_collections import config_flags
 
 from config.base import get_config as base_config
-from ddpo import InputError, nearest
+from ddpo.errors import InputError, nearest
 from ddpo.guards import die_with_launcher
-from ddpo.tracking import flatten
+from ddpo.options import flatten
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A preset of config/, with its variant: FILE:NAME")
 DEFAULT = "config/emoji.py"
@@ -140,8 +140,8 @@ def _parse(argv):
             f"unknown option {unknown}.{nearest(unknown, known)} All of them are in config/base.py"
         ) from error
     except flags.Error as error:
-        # A preset's own InputError arrives inside a traceback, as text.
-        raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
+        # An error that a preset raises arrives inside a traceback, as text.
+        raise InputError(str(error).strip().splitlines()[-1].split("ValueError: ")[-1]) from error
     except OSError as error:
         raise InputError(f"--config does not name a file: {' '.join(str(error).split())}") from error
     if len(rest) > 1:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
-from ddpo import InputError, choose
+from ddpo.errors import InputError, choose
 from ddpo.prompts import check_length
 
 transformers.utils.logging.disable_progress_bar()  # of loading weights; downloads keep theirs

@@ -12,10 +12,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import AutoModelForImageClassification
 
-from ddpo import InputError, prompts, rewards
+from ddpo import prompts, rewards
 from ddpo.clip import embed_images, load_clip, not_found
+from ddpo.errors import InputError
+from ddpo.images import image_grid
 from ddpo.pipeline_logprob import draw_noise, sample_with_logprob
-from ddpo.tracking import image_grid
 
 GRID = 2**31  # the "epoch" whose noise the picture grids use
 EVALUATION = GRID + 1  # the "epoch" whose noise is used, with seed 0 in every run: runs compare on the same noise

@@ -8,7 +8,7 @@ import time
 import torch
 from accelerate.utils import gather_object
 
-from ddpo import InputError
+from ddpo.errors import InputError
 
 RATIO_WARNING = (
     "warning: before any update the ratio is off by {:.2g}, more than clip_range = {:g}: training sees another policy "

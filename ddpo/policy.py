@@ -26,7 +26,7 @@ from diffusers.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from ddpo import InputError, choose
+from ddpo.errors import InputError, choose
 
 transformers.logging.set_verbosity_warning()
 disable_progress_bar()  # of loading a pipeline's parts; downloads keep theirs

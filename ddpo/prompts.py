@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpo import InputError, choose
+from ddpo.errors import InputError, choose
 
 ASSETS = Path(__file__).parent / "assets"
 ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")

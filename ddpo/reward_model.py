@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ddpo import InputError
 from ddpo.clip import embed_images, load_clip
+from ddpo.errors import InputError
 
 VOTES = {"left": 1.0, "right": 0.0, "tie": 0.5}
 

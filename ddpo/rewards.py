@@ -24,8 +24,9 @@ from huggingface_hub import hf_hub_download
 from transformers import CLIPConfig, CLIPProcessor
 
 from config.base import get_config
-from ddpo import InputError, choose, reward_model, vlm
+from ddpo import reward_model, vlm
 from ddpo.clip import DTYPES, cosine, embed_images, from_open_clip, load_clip, not_found
+from ddpo.errors import InputError, choose
 from ddpo.prompts import check_length
 
 

@@ -3,15 +3,12 @@ wandb or TensorBoard."""
 
 import json
 import os
-import re
 import time
 from netrc import NetrcParseError, netrc
 
-from PIL import Image, ImageDraw
-
-from config.base import NO_EFFECT, get_config
-from ddpo import InputError
+from ddpo.errors import InputError
 from ddpo.guards import lock_run
+from ddpo.options import NO_EFFECT, flatten, read_options
 
 
 def start_run(run_dir, config):
@@ -35,12 +32,6 @@ def start_run(run_dir, config):
     os.replace(path + ".tmp", path)
 
 
-def read_options(run_dir):
-    """{dotted name: value} of a run's config.json. A run older than an option has had its default."""
-    with open(os.path.join(run_dir, "config.json")) as f:
-        return flatten(get_config()) | flatten(json.load(f))
-
-
 def describe_run(run_dir, config, first_epoch, prompt_count, trained_weights, trained_steps):
     """What a run is about to do, in two lines."""
     sample, updates = config.sample, config.train.updates_per_epoch
@@ -52,26 +43,6 @@ def describe_run(run_dir, config, first_epoch, prompt_count, trained_weights, tr
         f"epochs {first_epoch} to {config.num_epochs - 1}, each {sample.images_per_epoch} images of {sample.num_steps} "
         f"steps, {updates * config.train.inner_epochs} updates of {per_update} x {trained_steps} transitions"
     )
-
-
-def list_checkpoints(run_dir):
-    """The finished checkpoints of a run, oldest first."""
-    parent = os.path.join(run_dir, "checkpoints")
-    names = os.listdir(parent) if os.path.isdir(parent) else []
-    return sorted((os.path.join(parent, n) for n in names if re.fullmatch(r"epoch_\d+", n)), key=epoch_of)
-
-
-def epoch_of(folder):
-    """The number of epochs that a checkpoint's folder names."""
-    return int(os.path.basename(folder).removeprefix("epoch_"))
-
-
-def flatten(config, prefix=""):
-    """{dotted name: value} of all leaves of a ConfigDict or nested dict."""
-    leaves = {}
-    for key, value in config.items():
-        leaves |= flatten(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value}
-    return leaves
 
 
 def start_tracker(accelerator, run_dir, config):
@@ -133,26 +104,3 @@ def log_metrics(accelerator, run_dir, metrics, name="metrics"):
         accelerator.log(numbers, step=metrics["epoch"])
     except Exception as error:
         _give_up_tracker(accelerator, "the tracker", error)
-
-
-def grid_columns(count):
-    """How many of `count` pictures a grid has in a row, if it is not told."""
-    return min(count, max(1, round(count**0.5 * 1.3)))
-
-
-def image_grid(images, labels=None, columns=0):
-    """One picture of many, `columns` to a row (0: nearly square), each with its label under it."""
-    columns = columns or grid_columns(len(images))
-    width, height = images[0].size
-    zoom = max(1, 96 // width)  # a 64-pixel picture is too small for a label and for most eyes
-    width, height = width * zoom, height * zoom
-    line = 13 if labels else 0
-    rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * (width + 2), rows * (height + 2 + line)), "white")
-    for i, image in enumerate(images):
-        left, top = i % columns * (width + 2), i // columns * (height + 2 + line)
-        grid.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
-        if labels:
-            room = width // 6 if any(labels[i + 1 : i + 2]) else None  # a label may run on under pictures without one
-            ImageDraw.Draw(grid).text((left + 1, top + height), labels[i][:room], fill="black")
-    return grid

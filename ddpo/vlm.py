@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from ddpo import InputError, choose
 from ddpo.clip import DTYPES, not_found
+from ddpo.errors import InputError, choose
 from ddpo.prompts import english
 
 DEFAULT_MODEL = "llava-hf/llava-1.5-13b-hf"

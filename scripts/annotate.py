@@ -31,12 +31,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config.base import load_preset
-from ddpo import InputError, prompts, run_script
+from ddpo import prompts
+from ddpo.checkpoint import list_checkpoints
+from ddpo.errors import InputError, run_script
+from ddpo.options import load_preset
 from ddpo.pipeline_logprob import draw_noise, sample_with_logprob
 from ddpo.policy import load_policy, load_weights
 from ddpo.reward_model import read_choices, read_jsonl
-from ddpo.tracking import list_checkpoints
 from scripts.sample import open_run
 
 PAGE = Path(__file__).parent / "annotate.html"

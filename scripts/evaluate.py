@@ -14,11 +14,12 @@ import argparse
 import json
 import os
 
-from ddpo import InputError, prompts, rewards, run_script
+from ddpo import prompts, rewards
 from ddpo.clip import load_clip
+from ddpo.errors import InputError, run_script
 from ddpo.evaluation import choose_prompts, evaluate, load_classifier, split_prompts
+from ddpo.images import image_grid
 from ddpo.policy import load_weights
-from ddpo.tracking import image_grid
 from scripts.sample import open_run
 
 

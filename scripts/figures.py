@@ -20,9 +20,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from config.sweeps import ABLATIONS, SWEEPS  # noqa: E402
-from ddpo import InputError, choose, prompts, run_script  # noqa: E402
+from ddpo import prompts  # noqa: E402
+from ddpo.errors import InputError, choose, run_script  # noqa: E402
 from ddpo.evaluation import split_prompts  # noqa: E402
-from ddpo.tracking import grid_columns  # noqa: E402
+from ddpo.images import grid_columns  # noqa: E402
 from scripts.plot import plot_band, read_metrics  # noqa: E402
 from scripts.sweep import best_rates, final_reward  # noqa: E402
 

@@ -40,12 +40,13 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from ddpo import cpu_cores, emoji, use_cpu
+from ddpo.hardware import cpu_cores, use_cpu
+from scripts import emoji_world as world
 from scripts.make_random_model import make_scheduler
 
 MAX_TOKENS = 24  # the longest caption has 9
 VALIDATION_SEED = 1_000_000  # pictures drawn with this seed are never trained on
-ANIMALS = list(emoji.ANIMALS)
+ANIMALS = list(world.ANIMALS)
 TO_CLIP = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # the [-1, 1] of the VAE, for CLIP and classifier too
 
 
@@ -55,8 +56,8 @@ TO_CLIP = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # the [-1, 1] of th
 def draw_picture(index, seed):
     """Scene and (SIZE, SIZE, 3) uint8 picture number `index` of the data set of that seed."""
     rng = np.random.default_rng((seed, index))
-    scene = emoji.sample_scene(rng)
-    return scene, np.asarray(emoji.render(scene, rng))
+    scene = world.sample_scene(rng)
+    return scene, np.asarray(world.render(scene, rng))
 
 
 def draw_pictures(count, seed):
@@ -69,9 +70,9 @@ def draw_pictures(count, seed):
 
 def all_captions():
     """Every caption of the world: what the tokenizer is trained on."""
-    animals = [f"{emoji.article(a)} {a}" for a in ANIMALS]
-    backgrounds = [f"on a {t} {c} background" for t in emoji.TEXTURES for c in emoji.COLOURS]
-    return animals + [f"{a} {rest}" for a in animals for rest in (*emoji.ACTIVITIES, *backgrounds)]
+    animals = [f"{world.article(a)} {a}" for a in ANIMALS]
+    backgrounds = [f"on a {t} {c} background" for t in world.TEXTURES for c in world.COLOURS]
+    return animals + [f"{a} {rest}" for a in animals for rest in (*world.ACTIVITIES, *backgrounds)]
 
 
 def make_tokenizer():
@@ -175,7 +176,7 @@ def make_classifier(args, pictures, scenes):
         x = to_tensor(pictures[index], args.device)
         # Generated pictures are softer than drawn ones: train on blurred and noisy pictures too.
         small = F.interpolate(x, size=int(rng.integers(20, 65)), mode="area")
-        x = F.interpolate(small, size=emoji.SIZE, mode="bilinear")
+        x = F.interpolate(small, size=world.SIZE, mode="bilinear")
         x = x + rng.uniform(0, 0.2) * torch.randn(x.shape, generator=generator, device=args.device)
         logits = classifier(x).logits.float()
         return F.cross_entropy(logits, labels[torch.from_numpy(index)], label_smoothing=0.1)
@@ -193,7 +194,7 @@ def make_vae(args, pictures):
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
-        sample_size=emoji.SIZE,
+        sample_size=world.SIZE,
     ).to(args.device)
 
     def loss_fn(rng, generator):
@@ -251,7 +252,7 @@ def make_unet(args, moments, scenes, scale, tokenizer):
         noise = torch.randn((2, *mean.shape), generator=generator, device=args.device)
         latents = (mean + std * noise[0]) * scale
         timesteps = torch.randint(0, 1000, (len(index),), generator=generator, device=args.device)
-        ids = torch.stack([tokens[emoji.caption(scenes[i], rng)] for i in index])
+        ids = torch.stack([tokens[world.caption(scenes[i], rng)] for i in index])
         ids[torch.from_numpy(rng.random(len(index)) < 0.1)] = empty  # for classifier-free guidance
         embeddings = text_encoder(ids.to(args.device)).last_hidden_state
         prediction = unet(scheduler.add_noise(latents, noise[1], timesteps), timesteps, embeddings).sample.float()
@@ -275,7 +276,7 @@ def make_clip(args, pictures, scenes, tokenizer):
         "intermediate_size": 320,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
-        "image_size": emoji.SIZE,
+        "image_size": world.SIZE,
         "patch_size": 8,
     }
     text = text_config(tokenizer).to_dict()
@@ -284,7 +285,7 @@ def make_clip(args, pictures, scenes, tokenizer):
 
     def loss_fn(rng, generator):
         index = rng.integers(len(pictures), size=128)
-        captions = [emoji.caption(scenes[i], rng) for i in index]
+        captions = [world.caption(scenes[i], rng) for i in index]
         x = to_tensor(pictures[index], args.device)
         x = x + rng.uniform(0, 0.1) * torch.randn(x.shape, generator=generator, device=args.device)
         ids = torch.stack([tokens[c] for c in captions]).to(args.device)
@@ -341,7 +342,7 @@ def report(args):
     result["classifier_on_reconstructions"] = (named(y) == labels).float().mean().item()
 
     inputs = processor(
-        text=[f"{emoji.article(a)} {a}" for a in ANIMALS],
+        text=[f"{world.article(a)} {a}" for a in ANIMALS],
         images=[Image.fromarray(p) for p in pictures],
         return_tensors="pt",
         padding=True,
@@ -349,13 +350,13 @@ def report(args):
     logits = clip(**inputs).logits_per_image
     result["clip_names_animal"] = (logits.argmax(1).cpu() == labels).float().mean().item()
     busy = [i for i, s in enumerate(scenes) if s.activity]
-    texts = [f"{emoji.article(scenes[i].animal)} {scenes[i].animal} {a}" for i in busy for a in emoji.ACTIVITIES]
+    texts = [f"{world.article(scenes[i].animal)} {scenes[i].animal} {a}" for i in busy for a in world.ACTIVITIES]
     inputs = processor(
         text=texts, images=[Image.fromarray(pictures[i]) for i in busy], return_tensors="pt", padding=True
     ).to(args.device)
-    logits = clip(**inputs).logits_per_image.reshape(len(busy), len(busy), len(emoji.ACTIVITIES))
+    logits = clip(**inputs).logits_per_image.reshape(len(busy), len(busy), len(world.ACTIVITIES))
     choice = logits[range(len(busy)), range(len(busy))].argmax(1).tolist()
-    activities = list(emoji.ACTIVITIES)
+    activities = list(world.ACTIVITIES)
     right = [activities[c] == scenes[i].activity for c, i in zip(choice, busy)]
     result["clip_names_activity"] = float(np.mean(right))
 
@@ -373,7 +374,7 @@ def report(args):
             ).images
         ]
 
-    prompts = [f"{emoji.article(a)} {a}" for a in ANIMALS] * 8
+    prompts = [f"{world.article(a)} {a}" for a in ANIMALS] * 8
     images = generate(prompts, seed=1)
     x = to_tensor(np.stack([np.asarray(i) for i in images]), args.device)
     hits = named(x).reshape(8, 45) == torch.arange(45)
@@ -382,7 +383,11 @@ def report(args):
     for name, grid, columns in (
         ("animals.jpg", images[:90], 15),
         ("reconstructions.jpg", [p for pair in zip(pictures[:30], to_uint8(y[:30])) for p in pair], 12),
-        ("activities.jpg", generate([f"{emoji.article(a)} {a} {d}" for a in ANIMALS[:15] for d in activities], 2), 15),
+        (
+            "activities.jpg",
+            generate([f"{world.article(a)} {a} {d}" for a in ANIMALS[:15] for d in activities], 2),
+            15,
+        ),
     ):
         save_grid(grid, columns, os.path.join(args.output, name))
     result["guidance_scale"] = args.guidance_scale
@@ -404,10 +409,10 @@ def to_uint8(x):
 
 def save_grid(images, columns, path):
     rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * emoji.SIZE, rows * emoji.SIZE), "white")
+    grid = Image.new("RGB", (columns * world.SIZE, rows * world.SIZE), "white")
     for i, image in enumerate(images):
         image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        grid.paste(image, (i % columns * emoji.SIZE, i // columns * emoji.SIZE))
+        grid.paste(image, (i % columns * world.SIZE, i // columns * world.SIZE))
     grid.save(path, quality=88)
 
 
@@ -451,7 +456,9 @@ def main():
     classifier.half().save_pretrained(f"{args.output}/classifier")
     clip.half().save_pretrained(f"{args.output}/clip")
     image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": emoji.SIZE}, crop_size={"height": emoji.SIZE, "width": emoji.SIZE}, **TO_CLIP
+        size={"shortest_edge": world.SIZE},
+        crop_size={"height": world.SIZE, "width": world.SIZE},
+        **TO_CLIP,
     )
     CLIPProcessor(image_processor, tokenizer).save_pretrained(f"{args.output}/clip")
     with open(f"{args.output}/report.json", "w") as f:
@@ -467,7 +474,7 @@ def load_pictures(args):
         np.savez(path + ".tmp.npz", pictures=pictures, words=words)
         os.replace(path + ".tmp.npz", path)
     data = np.load(path)
-    return data["pictures"], [emoji.Scene(*map(str, w)) for w in data["words"]]
+    return data["pictures"], [world.Scene(*map(str, w)) for w in data["words"]]
 
 
 if __name__ == "__main__":

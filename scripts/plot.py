@@ -12,7 +12,7 @@ import os
 import matplotlib
 import numpy as np
 
-from ddpo import InputError, run_script
+from ddpo.errors import InputError, run_script
 from ddpo.reward_model import read_jsonl
 
 matplotlib.use("Agg")

@@ -18,8 +18,9 @@ import matplotlib
 from huggingface_hub import HfApi, ModelCard, get_token
 from PIL import Image
 
-from ddpo import InputError, run_script
-from ddpo.tracking import epoch_of, flatten, list_checkpoints
+from ddpo.checkpoint import epoch_of, list_checkpoints
+from ddpo.errors import InputError, run_script
+from ddpo.options import flatten
 from scripts.plot import read_metrics
 
 matplotlib.use("Agg")

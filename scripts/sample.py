@@ -12,10 +12,12 @@ import os
 import torch
 from ml_collections import ConfigDict
 
-from ddpo import InputError, prompts, run_script
+from ddpo import prompts
+from ddpo.checkpoint import list_checkpoints
+from ddpo.errors import InputError, run_script
+from ddpo.images import image_grid
 from ddpo.pipeline_logprob import sample_with_logprob
 from ddpo.policy import load_policy, load_weights
-from ddpo.tracking import image_grid, list_checkpoints
 
 
 def open_run(run, checkpoint=""):

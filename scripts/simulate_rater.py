@@ -24,10 +24,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ddpo import InputError, prompts, rewards, run_script
+from ddpo import prompts, rewards
+from ddpo.errors import InputError, run_script
 from ddpo.evaluation import load_classifier, named_animals
+from ddpo.images import image_grid
 from ddpo.reward_model import rank_correlation
-from ddpo.tracking import image_grid
 from scripts.annotate import read_pairs, shown
 from scripts.sample import base_and_finetuned, open_run
 

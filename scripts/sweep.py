@@ -24,10 +24,10 @@ from datetime import timedelta
 
 import torch
 
-from config.base import NO_EFFECT, load_preset
 from config.sweeps import SEEDS, SWEEPS, job_of, seed_jobs, tuning_jobs
-from ddpo import InputError, choose, run_script
-from ddpo.tracking import flatten, list_checkpoints, read_options
+from ddpo.checkpoint import list_checkpoints
+from ddpo.errors import InputError, choose, run_script
+from ddpo.options import NO_EFFECT, flatten, load_preset, read_options
 from scripts.plot import read_metrics
 from scripts.provenance import commit, processor
 

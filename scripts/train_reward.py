@@ -20,7 +20,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from ddpo import InputError, run_script
+from ddpo.errors import InputError, run_script
 from ddpo.reward_model import (
     VOTES,
     agreement,

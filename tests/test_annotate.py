@@ -16,7 +16,8 @@ from conftest import ROOT, run
 from PIL import Image
 
 from config.base import get_config
-from ddpo import InputError, prompts
+from ddpo import prompts
+from ddpo.errors import InputError
 from ddpo.policy import load_policy
 from ddpo.reward_model import read_choices, read_jsonl
 from scripts.annotate import draw_pairs, pair_up, read_pairs

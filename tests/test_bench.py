@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-from scripts.bench_memory import Peak, step_memory
+from scripts.dev.bench_memory import Peak, step_memory
 
 
 def test_bench(tiny, tmp_path):
     """One epoch with a profile of another, and what is written of it."""
     sizes = ("sample.images_per_epoch=4", "sample.num_steps=2", "train.updates_per_epoch=1", "train.batch_size=4")
-    command = [sys.executable, "-m", "scripts.bench", "--model", tiny, "--repetitions", "1", "--threads", "1"]
+    command = [sys.executable, "-m", "scripts.dev.bench", "--model", tiny, "--repetitions", "1", "--threads", "1"]
     command += ["--profile", "--set", *sizes, "sample.batch_size=4", "--json", str(tmp_path / "bench.json")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

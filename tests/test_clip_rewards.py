@@ -13,8 +13,9 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from config.base import get_config
-from ddpo import InputError, rewards
+from ddpo import rewards
 from ddpo.clip import _load_clip, load_clip
+from ddpo.errors import InputError
 
 HEAD = Path(os.environ.get("DDPO_AESTHETIC_HEAD", ROOT / "../shared/data/aesthetic-head.pth"))
 PROMPTS, METADATA = ["a cat", "a dog riding a bike", "a fish"], [{}] * 3

@@ -8,34 +8,38 @@ import torch
 from conftest import ROOT
 from transformers import CLIPModel, CLIPProcessor
 
-from ddpo import emoji, prompts
+from ddpo import prompts
 from ddpo.evaluation import load_classifier, named_animals
 from ddpo.pipeline_logprob import sample_with_logprob
 from ddpo.policy import load_policy
+from scripts import emoji_world as world
 
 MODEL = str(ROOT / "models/emoji")
 
 
 def test_the_world_has_the_papers_animals_and_activities():
-    assert [p for p, _ in prompts.common_animals()] == [f"{emoji.article(a)} {a}" for a in emoji.ANIMALS]
-    assert set(prompts.ACTIVITIES) == set(emoji.ACTIVITIES) == set(emoji.HELD_OUT)
+    assert [p for p, _ in prompts.common_animals()] == [f"{world.article(a)} {a}" for a in world.ANIMALS]
+    assert set(prompts.ACTIVITIES) == set(world.ACTIVITIES) == set(world.HELD_OUT)
 
 
 def test_held_out_pairs_are_never_trained_on():
     rng = np.random.default_rng(0)
-    held_out = {(animal, activity) for activity, animals in emoji.HELD_OUT.items() for animal in animals}
-    drawn = [emoji.sample_scene(rng) for _ in range(4000)]
+    held_out = {(animal, activity) for activity, animals in world.HELD_OUT.items() for animal in animals}
+    drawn = [world.sample_scene(rng) for _ in range(4000)]
     assert not held_out & {(s.animal, s.activity) for s in drawn}
-    assert {s.animal for s in drawn} == set(emoji.ANIMALS) and {s.activity for s in drawn} == {"", *emoji.ACTIVITIES}
-    scene = emoji.sample_scene(rng, held_out=True)
+    assert {s.animal for s in drawn} == set(world.ANIMALS) and {s.activity for s in drawn} == {
+        "",
+        *world.ACTIVITIES,
+    }
+    scene = world.sample_scene(rng, held_out=True)
     assert (scene.animal, scene.activity) in held_out
 
 
 def test_captions():
     rng = np.random.default_rng(0)
-    said = {emoji.caption(emoji.Scene("ant", "", "plain", "blue"), rng) for _ in range(50)}
+    said = {world.caption(world.Scene("ant", "", "plain", "blue"), rng) for _ in range(50)}
     assert said == {"an ant", "an ant on a plain blue background"}
-    assert emoji.caption(emoji.Scene("cat", "riding a bike", "plain", "blue"), rng) == "a cat riding a bike"
+    assert world.caption(world.Scene("cat", "riding a bike", "plain", "blue"), rng) == "a cat riding a bike"
 
 
 def test_textured_backgrounds_make_larger_files():
@@ -46,17 +50,17 @@ def test_textured_backgrounds_make_larger_files():
 
     rng = np.random.default_rng(0)
     size = {}
-    for texture in emoji.TEXTURES:
-        pictures = [emoji.background(texture, rgb, rng) for rgb in emoji.COLOURS.values()]
+    for texture in world.TEXTURES:
+        pictures = [world.background(texture, rgb, rng) for rgb in world.COLOURS.values()]
         size[texture] = jpeg_size([Image.fromarray(p) for p in pictures]).mean()
     assert size["plain"] < size["gradient"] < min(size["striped"], size["dotted"], size["checkered"])
 
 
-@pytest.mark.skipif(not os.path.exists(emoji.FONT), reason="needs the Noto Color Emoji font")
+@pytest.mark.skipif(not os.path.exists(world.FONT), reason="needs the Noto Color Emoji font")
 def test_pictures_show_the_glyph():
     rng = np.random.default_rng(0)
-    for animal in emoji.ANIMALS:
-        image = emoji.render(emoji.Scene(animal, "", "plain", "white"), rng)
+    for animal in world.ANIMALS:
+        image = world.render(world.Scene(animal, "", "plain", "white"), rng)
         assert image.size == (64, 64) and image.mode == "RGB"
         assert np.asarray(image).std() > 10, animal
 
@@ -72,7 +76,7 @@ def drawn():
 
 def test_the_embedded_model_draws_the_animals(drawn):
     named = named_animals(drawn, load_classifier(f"{MODEL}/classifier"))
-    assert np.mean([a == b for a, b in zip(named, emoji.ANIMALS)]) > 0.8
+    assert np.mean([a == b for a, b in zip(named, world.ANIMALS)]) > 0.8
 
 
 def test_the_embedded_clip_agrees(drawn):

@@ -13,7 +13,8 @@ from test_train import metrics
 
 import train
 from config.base import get_config
-from ddpo import InputError, prompts, rewards
+from ddpo import prompts, rewards
+from ddpo.errors import InputError
 from ddpo.evaluation import (
     choose_prompts,
     diversity,

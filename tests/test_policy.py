@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from ddpo import InputError
 from ddpo.ddim_logprob import ddim_step_with_logprob
+from ddpo.errors import InputError
 from ddpo.pipeline_logprob import predict_noise, sample_log_prob, sample_with_logprob, step_log_prob
 from ddpo.policy import load_policy, load_weights, save_weights
 

@@ -1,7 +1,8 @@
 import pytest
 from transformers import CLIPTokenizer
 
-from ddpo import InputError, prompts
+from ddpo import prompts
+from ddpo.errors import InputError
 
 
 def texts(name):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import scripts.publish
 from config.base import get_config
-from ddpo import InputError
+from ddpo.errors import InputError
 from ddpo.policy import load_policy, save_weights
 
 

@@ -20,10 +20,9 @@ from test_train import metrics, weights
 import train
 from config.base import get_config
 from ddpo import rewards
-from ddpo.checkpoint import save_checkpoint
+from ddpo.checkpoint import epoch_of, list_checkpoints, save_checkpoint
 from ddpo.policy import load_policy
 from ddpo.stat_tracking import PerPromptStatTracker
-from ddpo.tracking import epoch_of, list_checkpoints
 
 
 # ------------------------------------------------------------------------------------------------------ memory knobs
@@ -105,7 +104,7 @@ def test_memory_knobs_change_nothing(tiny, tmp_path, monkeypatch, options):
 # --------------------------------------------------------------------------------------------- killed, stopped, full
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
     """The script that kills a run at random moments (results/reliability has 50 of its kills)."""
-    command = [sys.executable, "-m", "scripts.kill_runs", "--kills", "3", "--per_run", "3", "--seed", "1"]
+    command = [sys.executable, "-m", "scripts.dev.kill_runs", "--kills", "3", "--per_run", "3", "--seed", "1"]
     result = subprocess.run([*command, "--output", tmp_path / "kills.json"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads((tmp_path / "kills.json").read_text())

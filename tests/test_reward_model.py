@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT, run
 from PIL import Image
 
-from ddpo import InputError, rewards
 from ddpo import reward_model as rm
+from ddpo import rewards
+from ddpo.errors import InputError
 from scripts.train_reward import split
 
 CLIP = str(ROOT / "models/emoji/clip")

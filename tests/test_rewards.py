@@ -9,7 +9,8 @@ from conftest import launch
 from PIL import Image
 from test_train import metrics
 
-from ddpo import InputError, rewards
+from ddpo import rewards
+from ddpo.errors import InputError
 
 PROMPTS, METADATA = ["a cat", "a dog"], [{}, {}]
 

@@ -8,7 +8,8 @@ from conftest import ROOT
 from PIL import Image
 
 from config.emoji import get_config
-from ddpo import InputError, rewards
+from ddpo import rewards
+from ddpo.errors import InputError
 from scripts.simulate_rater import TEMPERATURE, TIE, choose, main, taste
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from test_train import metrics
 
 from config.sweeps import tuning_jobs
-from ddpo import InputError
+from ddpo.errors import InputError
 from scripts import figures, sweep
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import train
 from config.base import get_config
-from ddpo import InputError, rewards
+from ddpo import rewards
+from ddpo.errors import InputError
 
 
 def metrics(run):

@@ -34,7 +34,8 @@ from transformers import (
 )
 
 from config.base import get_config
-from ddpo import InputError, prompts, rewards, vlm
+from ddpo import prompts, rewards, vlm
+from ddpo.errors import InputError
 
 WORDS = "the image contains a cat dog riding bike washing dishes how many are there in this what animal is two three"
 TEMPLATE = (

@@ -1,7 +1,7 @@
-"""trl 0.23.1's DDPOTrainer under `scripts.bench`, which runs this in an environment of its own: an epoch, a JSON line,
-and so on once a line of input comes.
+"""trl 0.23.1's DDPOTrainer under `scripts.dev.bench`, which runs this in an environment of its own: an epoch, a JSON
+line, and so on once a line of input comes.
 
-    runs/bench/trl/bin/python -m scripts.bench_trl '{"model": "models/emoji", ...}'
+    runs/bench/trl/bin/python -m scripts.dev.bench_trl '{"model": "models/emoji", ...}'
 
 Its trainer is used as its examples use it. Its parts are timed by wrapping the two methods that sample and score.
 """

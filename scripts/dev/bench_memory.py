@@ -1,6 +1,6 @@
 """GPU memory of a training step, computed without a GPU or any data: a table of memory against batch size.
 
-    python -m scripts.bench_memory --size sd15 --batch_sizes 1 2 4 8 16 --json results/bench/memory.json
+    python -m scripts.dev.bench_memory --size sd15 --batch_sizes 1 2 4 8 16 --json results/bench/memory.json
 
 The network's forward and backward pass runs on fake tensors, and every storage is counted from its making to its end;
 the largest sum is the peak. Autocast follows a CPU's rules but for the norms, which a GPU runs in float32, and so do

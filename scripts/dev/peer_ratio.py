@@ -1,7 +1,7 @@
 """What trl 0.23.1's DDPOTrainer makes of its importance ratio before any update, and of a reward that is NaN.
 
-    python -m scripts.bench --against trl --model tiny --repetitions 1       (makes the environment that trl runs in)
-    runs/bench/trl/bin/python -m scripts.peer_ratio bf16                     (no, bf16 or fp16: its mixed_precision)
+    python -m scripts.dev.bench --against trl --model tiny --repetitions 1      (makes the environment that trl runs in)
+    runs/bench/trl/bin/python -m scripts.dev.peer_ratio bf16                    (no, bf16 or fp16: its mixed_precision)
 
 Two rounds of 4 pictures of 10 steps, guidance 5 and LoRA, one update each; the embedded model, on a CPU. In the second
 round one of the rewards is NaN. Ours for the ratio is `ratio_error` in metrics.jsonl.

@@ -1,19 +1,34 @@
-"""Batch sizes that fit into memory: found by the run itself, or given and lowered where they do not fit."""
+"""What the hardware allows: CPU threads, batch sizes that fit into memory, the memory used."""
 
 import gc
+import os
 import sys
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from ddpo import InputError
+from ddpo.errors import InputError
 from ddpo.pipeline_logprob import decode, predict_noise
 
 # Beyond so many latent pixels a batch (one picture of Stable Diffusion's, 16 of the embedded model's) a CPU gains
 # nothing, see results/bench; a GPU is filled but for a share of its memory, left to rewards and fragments.
 CPU_LATENT_PIXELS = 64 * 64
 GPU_SPARE = 0.1
+
+
+def cpu_cores():
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def use_cpu(threads, processes):
+    """Sets this process's CPU threads (0: cores / processes) and returns them. `accelerate launch` allows one, and more
+    than cores / processes would be far slower."""
+    threads = threads or max(1, cpu_cores() // processes)
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    return threads
 
 
 def fit_batch_sizes(policy, parameters, config, noise_shape, share, count):

@@ -1,13 +1,13 @@
 """Speed and memory of training, part by part: alone, in turn with a peer or a variant, or as work grows.
 
-    python -m scripts.bench                                             # the embedded model on this machine
-    python -m scripts.bench --model sd15 --precision bf16 --set sample.images_per_epoch=64 sample.num_steps=50
-    python -m scripts.bench --against trl --repetitions 5 --json results/bench/trl-cpu.json
-    python -m scripts.bench --variant train.batch_size=4 --variant checkout=../other-commit
-    python -m scripts.bench --variant processes=2 threads=1 sample.batch_size=4 train.batch_size=4
-    python -m scripts.bench --profile
-    python -m scripts.bench --draw results/bench/trl-cpu.json
-    python -m scripts.bench --model tiny --scaling
+    python -m scripts.dev.bench                                             # the embedded model on this machine
+    python -m scripts.dev.bench --model sd15 --precision bf16 --set sample.images_per_epoch=64 sample.num_steps=50
+    python -m scripts.dev.bench --against trl --repetitions 5 --json results/bench/trl-cpu.json
+    python -m scripts.dev.bench --variant train.batch_size=4 --variant checkout=../other-commit
+    python -m scripts.dev.bench --variant processes=2 threads=1 sample.batch_size=4 train.batch_size=4
+    python -m scripts.dev.bench --profile
+    python -m scripts.dev.bench --draw results/bench/trl-cpu.json
+    python -m scripts.dev.bench --model tiny --scaling
 
 What is timed is `train.train` itself, with the options given by --set and epochs let through one at a time: it logs
 the seconds of its parts (ddpo/tracking.py), having waited for the device at the end of each. All contestants are
@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.provenance import commit, processor
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 MODELS = ("emoji", "tiny", "tiny_xl", "sd15", "sd21", "sdxl")
 PARTS = ("seconds_sampling", "seconds_rewards", "seconds_training", "seconds", "cpu_seconds")
 DEFAULTS = {  # the comparison's: 4 batches of 8 images, 10 steps, guidance, one update a batch
@@ -322,7 +322,7 @@ def run_contestants(setups, folder, repetitions, warmup, profile=False):
     contestants = []
     for i, (name, command, options) in enumerate(setups):
         options = options | {"run_dir": str(Path(folder, str(i)))}
-        options |= {"profile": 1} if profile and "scripts.bench_trl" not in command else {}
+        options |= {"profile": 1} if profile and "scripts.dev.bench_trl" not in command else {}
         contestants.append(Contestant(name, command, options))
     compare(contestants, repetitions, warmup)
     profiles = {c.name: c.epoch()["profile"] for c in contestants if "profile" in c.options}
@@ -354,20 +354,20 @@ def main():
 
     if args.draw:
         return draw(args.draw)
-    from ddpo import cpu_cores
+    from ddpo.hardware import cpu_cores
 
     threads = args.threads or cpu_cores()
     model = make_model(args.model, args.models_folder)
     epochs = args.warmup + args.repetitions + args.profile
     base = {**DEFAULTS, "model": model, "threads": threads, "num_epochs": epochs, "precision": args.precision}
     base |= parse(args.set)
-    command = [sys.executable, "-m", "scripts.bench", "worker"]
+    command = [sys.executable, "-m", "scripts.dev.bench", "worker"]
     setups = [("ours", command, base)]
     for changes in args.variant:
         options = base | parse(changes)
         setups.append((" ".join(changes), launch(command, options.get("processes", 1)), options))
     if args.against:
-        trl = [make_trl(args.trl_folder), "-m", "scripts.bench_trl"]
+        trl = [make_trl(args.trl_folder), "-m", "scripts.dev.bench_trl"]
         setups += [("trl, batches as ours", trl, base), ("trl, batches as its post", trl, as_post(base))]
     machine = hardware(threads)
     result = {"command": sys.argv[1:], "commit": commit(), "hardware": machine, "options": base | {"model": args.model}}

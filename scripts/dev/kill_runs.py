@@ -1,6 +1,6 @@
 """Kills a run with SIGKILL at random moments, resumes it each time, and compares the end with a run left alone.
 
-    python -m scripts.kill_runs --kills 50 --output results/reliability/kills.json
+    python -m scripts.dev.kill_runs --kills 50 --output results/reliability/kills.json
 
 The run trains a tiny random model through train.py. Half of the kills come at any moment after the start; the others
 wait for one phase (sampling, reward, update, writing a checkpoint) and strike somewhere in it. A run is killed several

@@ -1,0 +1,29 @@
+"""Errors that end in one line, and choices by name."""
+
+import difflib
+import sys
+
+
+class InputError(ValueError):
+    """What the user gave cannot work. The message is one line that says what is wrong and what to do."""
+
+
+def nearest(name, choices):
+    """ " Did you mean X?", or nothing if no choice is near."""
+    found = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.5)
+    return f" Did you mean {found[0]}?" if found else ""
+
+
+def choose(kind, name, choices):
+    """choices[name]; or an InputError that names the nearest choice, and all."""
+    if name not in choices:
+        raise InputError(f"unknown {kind} {name!r}.{nearest(name, choices)} There is: {', '.join(choices)}")
+    return choices[name]
+
+
+def run_script(main):
+    """Runs a script's main(); an InputError ends it with its one line and exit code 1."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,117 @@
+"""A run's options: presets, which values can work, and which of them a resumed run may change."""
+
+import json
+import math
+import os
+import runpy
+
+from config.base import get_config
+from ddpo.errors import InputError
+
+# What may differ in a resumed run without changing what is computed (memory knobs: beyond rounding).
+NO_EFFECT = (
+    "run_dir", "resume", "num_epochs", "stop_reward", "tracker", "save_every", "keep_checkpoints", "grid_every",
+    "grid_images", "threads", "reward_timeout", "compile", "sample.batch_size", "train.batch_size",
+    "train.gradient_checkpointing", "reward_options.batch_size", "reward_options.timeout", "reward_options.concurrency",
+    *(f"evaluate.{key}" for key in ("every", "rewards", "prompts", "limit", "count", "clip", "classifier")),
+)  # fmt: skip
+
+
+def load_preset(preset):
+    """The config of FILE[:VARIANT], as --config takes it."""
+    path, _, variant = preset.partition(":")
+    return runpy.run_path(path)["get_config"](*filter(None, [variant]))
+
+
+def flatten(config, prefix=""):
+    """{dotted name: value} of all leaves of a ConfigDict or nested dict."""
+    leaves = {}
+    for key, value in config.items():
+        leaves |= flatten(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value}
+    return leaves
+
+
+def read_options(run_dir):
+    """{dotted name: value} of a run's config.json. A run older than an option has had its default."""
+    with open(os.path.join(run_dir, "config.json")) as f:
+        return flatten(get_config()) | flatten(json.load(f))
+
+
+def check(config, processes=1):
+    """Raises InputError if the numbers of a config cannot work. Names are checked where they are looked up."""
+    sample, train = config.sample, config.train
+    for name, value, lowest in (
+        ("num_epochs", config.num_epochs, 1), ("seed", config.seed, 0),
+        ("lora_rank", config.lora_rank, 0), ("save_every", config.save_every, 1),
+        ("keep_checkpoints", config.keep_checkpoints, 0), ("grid_every", config.grid_every, 0),
+        ("grid_images", config.grid_images, 1), ("threads", config.threads, 0),
+        ("sample.images_per_epoch", sample.images_per_epoch, 1), ("sample.batch_size", sample.batch_size, 0),
+        ("sample.images_per_prompt", sample.images_per_prompt, 1), ("sample.num_steps", sample.num_steps, 1),
+        ("sample.height", sample.height, 0), ("sample.width", sample.width, 0),
+        ("stats.buffer_size", config.stats.buffer_size, 1), ("stats.min_count", config.stats.min_count, 1),
+        ("stats.max_age", config.stats.max_age, 0), ("train.updates_per_epoch", train.updates_per_epoch, 1),
+        ("train.inner_epochs", train.inner_epochs, 1), ("train.batch_size", train.batch_size, 0),
+        ("train.warmup_updates", train.warmup_updates, 0),
+        ("evaluate.every", config.evaluate.every, 0), ("evaluate.limit", config.evaluate.limit, 1),
+        ("evaluate.count", config.evaluate.count, 2 if config.evaluate.clip else 1),
+    ):  # fmt: skip
+        if value < lowest:
+            raise InputError(f"{name} = {value} must be at least {lowest}")
+    for name, value, highest in (
+        ("train.inverse_temperature", train.inverse_temperature, math.inf),
+        ("train.kl_weight", train.kl_weight, math.inf), ("train.keep_percentile", train.keep_percentile, 100),
+        ("train.prompt_dropout", train.prompt_dropout, 1), ("train.ema_decay", train.ema_decay, 1),
+        ("train.adam_weight_decay", train.adam_weight_decay, math.inf),
+        ("train.adam_epsilon", train.adam_epsilon, math.inf),
+        ("held_out", config.held_out, 1),
+    ):  # fmt: skip
+        if not 0 <= value <= highest:
+            raise InputError(f"{name} = {value} must be at least 0" + (f", at most {highest}" if highest < 101 else ""))
+    updates = train.updates_per_epoch * train.inner_epochs
+    if config.algorithm == "ddpo_sf" and updates > 1:
+        raise InputError(
+            f"ddpo_sf makes one update a round, not {updates}: its gradient holds only at the weights that sampled. "
+            "Use train.updates_per_epoch=1 and train.inner_epochs=1, or ddpo_is"
+        )
+    if config.algorithm in ("rwr", "rwr_sparse") and train.kl_weight:
+        raise InputError(
+            f"train.kl_weight = {train.kl_weight}: {config.algorithm} scores no steps that could be compared"
+        )
+    if config.advantage in ("per_group", "leave_one_out") and sample.images_per_prompt == 1:
+        raise InputError(
+            f"advantage {config.advantage} compares images of one prompt: set sample.images_per_prompt to 2 or more"
+        )
+    for name in ("learning_rate", "clip_range", "advantage_clip", "max_grad_norm", "timestep_fraction"):
+        if not train[name] > 0:
+            raise InputError(f"train.{name} = {train[name]} must be greater than 0")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= train[name] < 1:
+            raise InputError(f"train.{name} = {train[name]} must be at least 0 and less than 1")
+    if config.reward_timeout < 0:
+        raise InputError(f"reward_timeout = {config.reward_timeout} must be at least 0 (0: no limit)")
+    if not 0 < sample.eta <= 1:
+        raise InputError(
+            f"sample.eta = {sample.eta}: DDPO needs 0 < eta <= 1, since a deterministic step has no likelihood"
+        )
+    if sample.guidance_scale < 1:
+        raise InputError(f"sample.guidance_scale = {sample.guidance_scale} must be at least 1 (1: no guidance)")
+    if not round(train.timestep_fraction * sample.num_steps) or train.timestep_fraction > 1:
+        raise InputError(
+            f"train.timestep_fraction = {train.timestep_fraction} of sample.num_steps = {sample.num_steps} must leave "
+            f"1 to {sample.num_steps} steps: use {1 / sample.num_steps:.3g} to 1"
+        )
+    if config.stats.min_count > config.stats.buffer_size:
+        raise InputError(
+            f"stats.min_count = {config.stats.min_count} can never be reached by stats.buffer_size = "
+            f"{config.stats.buffer_size} rewards: lower the one or raise the other"
+        )
+    if config.tracker not in ("", "wandb", "tensorboard"):
+        raise InputError(f'unknown tracker {config.tracker!r}: "" (none), wandb or tensorboard')
+    parts = math.lcm(train.updates_per_epoch * processes, sample.images_per_prompt)
+    if sample.images_per_epoch % parts:
+        below, above = sample.images_per_epoch // parts * parts, (sample.images_per_epoch // parts + 1) * parts
+        raise InputError(
+            f"sample.images_per_epoch = {sample.images_per_epoch} does not split into train.updates_per_epoch = "
+            f"{train.updates_per_epoch} x {processes} process(es) and groups of sample.images_per_prompt = "
+            f"{sample.images_per_prompt}: use {f'{below} or {above}' if below else above}"
+        )

@@ -5,8 +5,6 @@
 Options marked (memory) change speed and memory, never the result.
 """
 
-import math
-
 from ml_collections import ConfigDict
 
 
@@ -16,7 +14,6 @@ def get_config():
     config.resume = ""  # a run's folder, to go on from its newest checkpoint
     config.seed = 0  # (seed, epoch, sample) determines each prompt and all noise
     config.num_epochs = 100  # rounds of sampling and updating
-    config.stop_reward = math.inf  # ends the run after a round whose mean reward reaches this
     config.tracker = ""  # "wandb" or "tensorboard", beside metrics.jsonl
     config.save_every = 10  # epochs between checkpoints; the last epoch is always saved
     config.keep_checkpoints = 2  # older ones are removed; 0 keeps all

@@ -15,17 +15,14 @@ pictures drawn right get 2.12.
 Runs, pictures and what falls short: results/emoji/README.md and results/preferences/README.md.
 """
 
-import math
-
 from config.base import choose_variant
 from config.base import get_config as base
 
-TASKS = {  # name -> reward, prompts, rounds at most, mean reward to stop at, and the method used
-    # Beyond that reward the policy saves bytes on the animals; how many rounds it takes differs from seed to seed.
-    "compressibility": ("jpeg_compressibility", "common_animals", 16, -1.65, "full"),
-    "incompressibility": ("jpeg_incompressibility", "common_animals", 10, math.inf, "full"),
-    "aesthetic": ("learned:results/preferences/reward-500-seed0", "common_animals", 4, math.inf, "lora"),
-    "alignment": ("clipscore:models/emoji/clip", "animal_activities", 12, math.inf, "lora"),
+TASKS = {  # name -> reward, prompts, epochs, and the method used
+    "compressibility": ("jpeg_compressibility", "common_animals", 16, "full"),
+    "incompressibility": ("jpeg_incompressibility", "common_animals", 10, "full"),
+    "aesthetic": ("learned:results/preferences/reward-500-seed0", "common_animals", 4, "lora"),
+    "alignment": ("clipscore:models/emoji/clip", "animal_activities", 12, "lora"),
 }
 
 
@@ -34,7 +31,7 @@ def get_config(variant="compressibility"):
     task, _, method = variant.partition(",")
     config = base()
     config.model = "models/emoji"
-    config.reward, config.prompts, config.num_epochs, config.stop_reward, usual_method = choose_variant(task, TASKS)
+    config.reward, config.prompts, config.num_epochs, usual_method = choose_variant(task, TASKS)
     config.grid_every = 2
     config.evaluate.clip = "models/emoji/clip"
     config.evaluate.classifier = "models/emoji/classifier"

@@ -11,7 +11,7 @@ The settings are small, for two CPU cores: 32 images of 5 steps a round instead 
 SEEDS = (0, 1, 2)
 WARMUP_ROUNDS = 4  # of a rising learning rate: Adam's first updates would else cost more than a short run gains
 SMALL = {
-    "stop_reward": "inf", "grid_every": 0, "grid_images": 6, "save_every": 1, "keep_checkpoints": 1, "num_epochs": 12,
+    "grid_every": 0, "grid_images": 6, "save_every": 1, "keep_checkpoints": 1, "num_epochs": 12,
     "sample.num_steps": 5, "sample.images_per_epoch": 32, "sample.batch_size": 8, "train.batch_size": 8,
     "train.updates_per_epoch": 4, "train.warmup_updates": 4 * WARMUP_ROUNDS,
 }  # fmt: skip

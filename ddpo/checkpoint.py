@@ -33,7 +33,7 @@ def epoch_of(folder):
     return int(os.path.basename(folder).removeprefix("epoch_"))
 
 
-def save_checkpoint(run_dir, epoch, policy, optimizer, scaler, tracker, keep):
+def save_checkpoint(run_dir, epoch, policy, optimizer, tracker, keep):
     """Writes the checkpoint of a run after `epoch` epochs, then removes all but the newest `keep` (0: keeps all).
 
     Raises InputError if it cannot be written, with the older checkpoints as they were.
@@ -42,7 +42,7 @@ def save_checkpoint(run_dir, epoch, policy, optimizer, scaler, tracker, keep):
     temporary = folder + TEMPORARY
     for left in glob.glob(os.path.join(glob.escape(run_dir), "checkpoints", "*" + TEMPORARY)):  # by a run killed here
         shutil.rmtree(left, ignore_errors=True)
-    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "tracker": tracker.state_dict()}
+    state = {**optimizer.state_dict(), "tracker": tracker.state_dict()}
     if policy.ema:
         state |= {"ema": policy.ema.state_dict(), "weights": [p.detach() for p in policy.trainable_parameters()]}
     try:
@@ -68,7 +68,7 @@ def save_checkpoint(run_dir, epoch, policy, optimizer, scaler, tracker, keep):
         shutil.rmtree(old)
 
 
-def load_checkpoint(run_dir, policy, optimizer, scaler, tracker):
+def load_checkpoint(run_dir, policy, optimizer, tracker):
     """Restores the newest checkpoint that can be read; says which ones it passed over. Returns the epochs it has done:
     0 if the run was stopped before it saved any.
 
@@ -93,15 +93,11 @@ def load_checkpoint(run_dir, policy, optimizer, scaler, tracker):
                 for p, value in zip(policy.trainable_parameters(), state["weights"]):
                     p.copy_(value)
         if policy.ema:
-            policy.keep(ema_decay=policy.ema.decay)  # from the weights just read, unless there is an average already
+            policy.start_ema(policy.ema.decay)  # from the weights just read, unless there is an average already
             if "ema" in state:
                 policy.ema.load_state_dict(state["ema"] | {"decay": policy.ema.decay})
                 policy.ema.to(policy.device)
-        options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}  # this run's, not the saved
-        optimizer.load_state_dict(state["optimizer"])
-        optimizer.param_groups[0].update(options)
-        if state["scaler"]:  # else it ran in another precision
-            scaler.load_state_dict(state["scaler"])
+        optimizer.load_state_dict(state)
         tracker.load_state_dict(state["tracker"])
         return state["epoch"]
     raise InputError(f"nothing to resume: no checkpoint in {run_dir}/checkpoints can be read")

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import re
 import signal
@@ -10,16 +9,15 @@ import sys
 import threading
 import time
 
-import psutil
 import torch
 from absl import app, flags
-from accelerate.commands.launch import launch_command_parser
 from ml_collections import config_flags
 
 from config.base import get_config as base_config
 from ddpo.errors import InputError, nearest
-from ddpo.guards import die_with_launcher
+from ddpo.interrupt import die_with_launcher
 from ddpo.options import flatten
+from ddpo.policy import PRECISIONS
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A preset of config/, with its variant: FILE:NAME")
 DEFAULT = "config/emoji.py"
@@ -32,16 +30,12 @@ def run(train):
         config = CONFIG.value
         if config.resume:
             _take_options_of(config.resume, config)
-        elif "reward" in _given(sys.argv) and "stop_reward" not in _given(sys.argv) and config.stop_reward < math.inf:
-            if int(os.environ.get("RANK", 0)) == 0:
-                print(f"stop_reward {config.stop_reward:g} was for the preset's own reward: left out", flush=True)
-            config.stop_reward = math.inf
+        _check_launcher(config.precision)
         filename = config_flags.get_config_filename(flags.FLAGS["config"])
         train(config, os.path.basename(filename).replace(".py", "").replace(":", "-").replace(",", "-"))
 
     die_with_launcher()
     try:
-        _start_all_processes()
         app.run(main, flags_parser=_parse)
     except (InputError, OSError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -65,27 +59,30 @@ def run(train):
         sys.exit("interrupted before the first epoch: there is nothing to save")
 
 
-def _start_all_processes():
-    """Without a GPU `accelerate launch` (1.15.0) starts one process, whatever --num_processes and --num_machines say,
-    unless it is given MPI. That one process then becomes the launcher of as many as were asked for."""
-    several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()  # it sets the latter for several only
-    if not several or {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & os.environ.keys():
-        return
-    line = psutil.Process().parent().cmdline()
-    words = [i for i, word in enumerate(line) if re.search(r"\blaunch(\.py)?$", word)]
-    asked = launch_command_parser().parse_known_args(line[words[0] + 1 :])[0] if words else None
-    if asked is None or not asked.num_processes:
+def _check_launcher(precision):
+    """Refuses what `accelerate launch` (1.15.0) was asked for and this program would not do."""
+    env = os.environ
+    # Without a GPU it starts one process, whatever it is told, unless it is given MPI; of several it sets the address.
+    several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= env.keys()
+    if several and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & env.keys():
         raise InputError(
-            "accelerate launch starts only one process without a GPU: add --num_processes, or use torchrun "
+            "accelerate launch starts only one process without a GPU, whatever --num_processes says: use torchrun "
             "--nproc_per_node N train.py ..."
         )
-    machines = asked.num_machines or 1
-    where = ["--standalone"]
-    if machines > 1:
-        where = [f"--nnodes={machines}", f"--node_rank={asked.machine_rank or 0}"]
-        where += [f"--master_addr={asked.main_process_ip}", f"--master_port={asked.main_process_port}"]
-    command = ["-m", "torch.distributed.run", *where, f"--nproc_per_node={asked.num_processes // machines}"]
-    os.execv(sys.executable, [sys.executable, *command, *sys.orig_argv[1:]])
+    mixed = env.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed not in ("no", precision):
+        raise InputError(
+            f"accelerate launch's mixed precision ({mixed}) does nothing here: leave it out, and choose with "
+            f"--config.precision={mixed if mixed in PRECISIONS else 'bf16'}"
+        )
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if env.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise InputError(
+                f"accelerate launch's {name} does nothing here, every GPU holds the whole model: launch without it. "
+                "A LoRA and --config.train.gradient_checkpointing=True need less memory"
+            )
+    if env.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
+        raise InputError("accelerate launch's dynamo backend does nothing here: leave it out, or --config.compile=True")
 
 
 def _given(argv):

@@ -79,34 +79,41 @@ def ddim_step_with_logprob(scheduler, model_output, timestep, sample, eta, prev_
         prev_sample: (B, C, H, W), the x_{t-1} to score; None to draw it.
         noise: (B, C, H, W), the standard normal noise to draw x_{t-1} with; None to draw that too.
     Returns:
-        prev_sample (B, C, H, W) float32, without gradient, and log_prob (B,) float32: the log-density of prev_sample,
-        averaged (not summed) over the latent's C*H*W dimensions. The clip range of DDPO refers to this mean.
-
-    A step with sigma = 0 (eta 0, or the last step of a schedule that ends at alpha = 1) is deterministic and has no
-    density: its log_prob is 0, so its ratio is 1 and it contributes no gradient.
+        prev_sample (B, C, H, W) float32, without gradient, and its log_prob (B,) float32, see `gaussian_log_prob`.
     """
     mean, std = ddim_step_mean_std(scheduler, model_output, timestep, sample, eta)
     if prev_sample is None:
         noise = torch.randn_like(mean) if noise is None else noise.float()
         prev_sample = mean + std * noise
     prev_sample = prev_sample.detach().float()
-    deterministic = std == 0
-    safe_std = torch.where(deterministic, 1.0, std)
-    log_prob = -(((prev_sample - mean) / safe_std) ** 2) / 2 - safe_std.log() - 0.5 * math.log(2 * math.pi)
-    log_prob = torch.where(deterministic, 0.0, log_prob).mean(dim=tuple(range(1, mean.ndim)))
-    return prev_sample, log_prob
+    return prev_sample, gaussian_log_prob(prev_sample, mean, std)
 
 
-def ddim_step_kl(scheduler, model_output, base_output, timestep, sample, eta):
-    """KL(p_theta || p_base) of the step from x_t, two Gaussians of one variance: (mu_theta - mu_base)^2 / (2 sigma^2).
+def gaussian_log_prob(value, mean, std):
+    """log N(value; mean, std^2 I), averaged (not summed) over the latent's dimensions: the clip range of DDPO refers to
+    this mean.
+
+    A step with std = 0 (eta 0, or the last step of a schedule that ends at alpha = 1) is deterministic and has no
+    density: its log-prob is 0, so its ratio is 1 and it contributes no gradient.
 
     Args:
-        model_output, base_output: (B, C, H, W), the output of the network and of the base network for the same x_t.
-        scheduler, timestep, sample, eta: as for `ddim_step_mean_std`.
+        value, mean: (B, C, H, W). std: (B, 1, 1, 1).
     Returns:
-        (B,) float32, like the log-prob averaged over dimensions; 0 for a deterministic step.
+        (B,) float32.
     """
-    mean, std = ddim_step_mean_std(scheduler, model_output, timestep, sample, eta)
-    base_mean, _ = ddim_step_mean_std(scheduler, base_output, timestep, sample, eta)
-    kl = (mean - base_mean) ** 2 / (2 * torch.where(std == 0, 1.0, std) ** 2)
+    deterministic = std == 0
+    safe_std = torch.where(deterministic, 1.0, std)
+    log_prob = -(((value - mean) / safe_std) ** 2) / 2 - safe_std.log() - 0.5 * math.log(2 * math.pi)
+    return torch.where(deterministic, 0.0, log_prob).mean(dim=tuple(range(1, mean.ndim)))
+
+
+def gaussian_kl(mean, other_mean, std):
+    """KL between two Gaussians of one std: (mean - other_mean)^2 / (2 std^2), averaged over the latent's dimensions.
+
+    Args:
+        mean, other_mean: (B, C, H, W). std: (B, 1, 1, 1).
+    Returns:
+        (B,) float32; 0 for a deterministic step.
+    """
+    kl = (mean - other_mean) ** 2 / (2 * torch.where(std == 0, 1.0, std) ** 2)
     return torch.where(std == 0, 0.0, kl).mean(dim=tuple(range(1, mean.ndim)))

@@ -103,7 +103,7 @@ def evaluate(policy, sets, count, judges, sample, clip=None, classifier=None, se
         stochastic": PIL images of this process's first pictures, ...}.
     """
     state = PartialState()
-    shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))
+    shape = policy.noise_shape(sample)
     result, shown = {}, {}
     for sampling, eta in (("stochastic", sample.eta), ("deterministic", 0.0)):
         first = 0  # index of a set's first noise
@@ -138,24 +138,26 @@ def evaluate(policy, sets, count, judges, sample, clip=None, classifier=None, se
     return result, shown
 
 
-def draw_grid(policy, prompt_set, count, sample, noise_shape, seed):
-    """One picture of `count` pictures, of prompts from all over the set. sample: a config's `sample`. noise_shape: (T +
-    1, C, H, W)."""
+def draw_grid(policy, prompt_set, count, sample, seed):
+    """One picture of `count` pictures, of prompts from all over the set. sample: a config's `sample`."""
+    shape = policy.noise_shape(sample)
     texts = [prompt for prompt, _ in prompt_set[:: max(1, len(prompt_set) // count)]][:count]
     pictures = sample_with_logprob(
-        policy, texts, lambda i: draw_noise(noise_shape, seed, GRID, i), sample.guidance_scale, sample.eta,
+        policy, texts, lambda i: draw_noise(shape, seed, GRID, i), sample.guidance_scale, sample.eta,
         sample.batch_size, progress="grid",
     ).images  # fmt: skip
     return image_grid(pictures, texts)
 
 
 def load_evaluation(config, policy, reward_fn, trained_on, held_out):
-    """A function without arguments that evaluates the policy as it is, by a run's config.evaluate.
+    """A function without arguments that evaluates the policy as it is, by a run's config.evaluate; None if that is off.
 
     Args:
         reward_fn: the run's own reward. trained_on, held_out: the run's (prompt, metadata) pairs.
     """
     options, device = config.evaluate, policy.device
+    if not options.every:
+        return None
     others = prompts.get_prompts(options.prompts) if options.prompts else held_out
     if options.prompts and not choose_prompts(others, 1, trained_on):
         raise InputError(f"evaluate.prompts = {options.prompts}: all of them are trained on")

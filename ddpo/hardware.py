@@ -31,7 +31,7 @@ def use_cpu(threads, processes):
     return threads
 
 
-def fit_batch_sizes(policy, parameters, config, noise_shape, share, count):
+def fit_batch_sizes(policy, config, updates, share):
     """Batch sizes with which a step of sampling and one of training fit into memory, which is tried.
 
     A size of 0 becomes the other one; where both are 0, or the given ones do not fit, both become the largest divisor
@@ -39,24 +39,21 @@ def fit_batch_sizes(policy, parameters, config, noise_shape, share, count):
     error, given sizes are taken at their word. All processes get the same.
 
     Args:
-        parameters: the weights to be trained.
-        noise_shape: (T + 1, C, H, W), of a sample.
-        share: samples that a process has in an update.
-        count: samples that a process has in a round.
+        updates: of an inner epoch. share: samples that a process has in each.
     Returns:
         sample.batch_size, train.batch_size.
     Raises:
         InputError if not even a single sample fits.
     """
     given = [size for size in (config.sample.batch_size, config.train.batch_size) if size]
-    on_cpu = policy.device.type == "cpu"
+    on_cpu, noise_shape = policy.device.type == "cpu", policy.noise_shape(config.sample)
     if len(given) == 2 and on_cpu:
         return tuple(given)
     most = max(1, CPU_LATENT_PIXELS // (noise_shape[-2] * noise_shape[-1])) if on_cpu else share
     equal = [(size, size) for size in range(min(given, default=most), 0, -1) if share % size == 0]
     tried = [(given[0], given[-1]), *(sizes for sizes in equal if sizes != (given[0], given[-1]))] if given else equal
     for sizes in tried:
-        if _fits(policy, parameters, config, noise_shape, count, *sizes):
+        if _fits(policy, config, updates * share, *sizes):
             break
         print(f"out of memory with sample.batch_size = {sizes[0]} and train.batch_size = {sizes[1]}", flush=True)
     else:
@@ -73,10 +70,11 @@ def fit_batch_sizes(policy, parameters, config, noise_shape, share, count):
     return sizes
 
 
-def _fits(policy, parameters, config, noise_shape, count, sampled, trained):
+def _fits(policy, config, count, sampled, trained):
     """Whether there is memory for a sampling step, a decoding, and a step of training, beside what a run holds
     meanwhile: the trajectories and the optimizer's two moments (gradients come with the step)."""
     held, empty, guidance = [], policy.embed([""]), config.sample.guidance_scale
+    noise_shape, parameters = policy.noise_shape(config.sample), policy.trainable_parameters()
 
     def output(size):
         t = policy.scheduler.timesteps[:1].to(policy.device).expand(size)

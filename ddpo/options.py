@@ -10,7 +10,7 @@ from ddpo.errors import InputError
 
 # What may differ in a resumed run without changing what is computed (memory knobs: beyond rounding).
 NO_EFFECT = (
-    "run_dir", "resume", "num_epochs", "stop_reward", "tracker", "save_every", "keep_checkpoints", "grid_every",
+    "run_dir", "resume", "num_epochs", "tracker", "save_every", "keep_checkpoints", "grid_every",
     "grid_images", "threads", "reward_timeout", "compile", "sample.batch_size", "train.batch_size",
     "train.gradient_checkpointing", "reward_options.batch_size", "reward_options.timeout", "reward_options.concurrency",
     *(f"evaluate.{key}" for key in ("every", "rewards", "prompts", "limit", "count", "clip", "classifier")),
@@ -35,6 +35,20 @@ def read_options(run_dir):
     """{dotted name: value} of a run's config.json. A run older than an option has had its default."""
     with open(os.path.join(run_dir, "config.json")) as f:
         return flatten(get_config()) | flatten(json.load(f))
+
+
+def record_options(run_dir, config):
+    """Writes a run's config.json; on a resume, says first which options are others than before."""
+    path, new = os.path.join(run_dir, "config.json"), flatten(config)
+    if os.path.exists(path):
+        old = read_options(run_dir)
+        for key in sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k)):
+            if key not in ("run_dir", "resume", "num_epochs"):
+                matters = "no result" if key in NO_EFFECT else "the result: the run is no longer one of either value"
+                print(f"{run_dir}: {key} was {old.get(key)!r}, now {new.get(key)!r} (changes {matters})", flush=True)
+    with open(path + ".tmp", "w") as f:
+        json.dump(config.to_dict(), f, indent=2)
+    os.replace(path + ".tmp", path)
 
 
 def check(config, processes=1):

@@ -6,12 +6,12 @@ and for training alike: a policy that samples with guidance and trains without i
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ddpo.ddim_logprob import ddim_step_kl, ddim_step_with_logprob
+from ddpo.ddim_logprob import gaussian_log_prob
+from ddpo.seeds import torch_generator
 
 
 class Trajectories(NamedTuple):
@@ -23,59 +23,9 @@ class Trajectories(NamedTuple):
     timesteps: torch.Tensor  # (T,) the scheduler's timesteps, falling
 
 
-def _generator(*key):
-    """Of the CPU, so that what it draws is the same on every device."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
-
-
 def draw_noise(shape, seed, epoch, index):
     """All standard normal noise of sample `index` of an epoch."""
-    return torch.randn(shape, generator=_generator(seed, epoch, index, 2))
-
-
-def step_log_prob(policy, x_t, x_next, timesteps, prompt_embeds, negative_embeds, guidance_scale, eta, with_kl=False):
-    """log p_theta(x_{t-1} | x_t, c) of B steps that were taken, from `x_t` to `x_next`, (B, C, H, W) each.
-
-    Other arguments: as for `predict_noise` and `ddim_step_with_logprob`.
-    Returns:
-        log_prob (B,) float32, and KL(p_theta || p_base) of the steps (B,) if `with_kl`, else None.
-    """
-    arguments = (policy, x_t, timesteps, prompt_embeds, negative_embeds, guidance_scale)
-    output, kl = predict_noise(*arguments), None
-    _, log_prob = ddim_step_with_logprob(policy.scheduler, output, timesteps, x_t, eta, prev_sample=x_next)
-    if with_kl:
-        with torch.no_grad(), policy.base():
-            base_output = predict_noise(*arguments)
-        kl = ddim_step_kl(policy.scheduler, output, base_output, timesteps, x_t, eta)
-    return log_prob, kl
-
-
-def sample_log_prob(policy, x_0, keys, prompt_embeds, negative_embeds, prompt_dropout):
-    """What base models are trained to raise: minus the denoising error, which bounds log p_theta(x_0 | c) from below up
-    to weights of the timesteps (DDPM, arXiv 2006.11239, section 3.4).
-
-    log_prob = -mean (network(x_t, t, c) - target)^2,  x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) noise
-
-    with t uniform over the training timesteps and the target by `prediction_type`: noise, v or x_0.
-
-    Args:
-        x_0: (B, C, H, W), latents.
-        keys: B tuples of integers, each of which alone determines its sample's t, noise and dropout.
-        prompt_embeds, negative_embeds: as for `predict_noise`.
-        prompt_dropout: share of the samples that get the empty prompt instead, which keeps guidance working.
-    Returns:
-        (B,) float32.
-    """
-    scheduler, drawn = policy.scheduler, []
-    for key in keys:
-        generator = _generator(*key, 4)
-        t = torch.randint(scheduler.config.num_train_timesteps, (), generator=generator)
-        drawn.append((t, torch.rand((), generator=generator), torch.randn(x_0.shape[1:], generator=generator)))
-    t, dropout, noise = (torch.stack(values).to(x_0.device) for values in zip(*drawn))
-    embeds = torch.where((dropout < prompt_dropout)[:, None, None], negative_embeds, prompt_embeds)
-    target = {"epsilon": noise, "v_prediction": scheduler.get_velocity(x_0, noise, t), "sample": x_0}
-    error = policy.forward(scheduler.add_noise(x_0, noise, t), t, embeds) - target[scheduler.config.prediction_type]
-    return -(error**2).mean(dim=(1, 2, 3))
+    return torch.randn(shape, generator=torch_generator("noise", seed, epoch, index))
 
 
 def predict_noise(policy, latents, timesteps, prompt_embeds, negative_embeds, guidance_scale):
@@ -110,12 +60,12 @@ def sample_with_logprob(
         prompts: B strings.
         noise: function of an index i in 0..B-1 that returns the (T + 1, C, H, W) standard normal noise of picture i:
             the initial latent, then one for each step. Nothing else is random: `batch_size` changes no result.
-        guidance_scale, eta: see `predict_noise` and `ddim_step_with_logprob`.
+        guidance_scale, eta: see `predict_noise` and `ddpo.ddim_logprob`.
         batch_size: pictures per forward pass; 0 for all at once.
         progress: label of a progress bar, None for none.
         stop: function asked before each batch whether to give up.
-        on_images: function called with (first index, images) of each batch, as soon as they are there; they are then
-            not kept, which for 256 pictures of 512x512 would take 0.2 GB.
+        on_images: function called with (first index, images) of each batch, as soon as they are there; the images are
+            then not kept, which would take 0.2 GB for 256 pictures of 512x512.
     Returns:
         Trajectories, or None if `stop` said so.
     """
@@ -141,9 +91,9 @@ def sample_with_logprob(
         for step, t in enumerate(timesteps):
             t = t.expand(len(batch))
             output = predict_noise(policy, x_t, t, prompt_embeds, negative_embeds, guidance_scale)
-            x_t, log_prob = ddim_step_with_logprob(scheduler, output, t, x_t, eta, noise=batch_noise[:, step + 1])
-            latents[:, step + 1] = x_t
-            log_probs.append(log_prob)
+            mean, std = policy.step_mean_std(output, t, x_t, eta)
+            latents[:, step + 1] = x_t = mean + std * batch_noise[:, step + 1]
+            log_probs.append(gaussian_log_prob(x_t, mean, std))
             bar.update(len(batch))
         if on_images is None:
             images += decode(policy, x_t)

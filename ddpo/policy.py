@@ -26,6 +26,7 @@ from diffusers.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from ddpo.ddim_logprob import ddim_step_mean_std
 from ddpo.errors import InputError, choose
 
 transformers.logging.set_verbosity_warning()
@@ -69,10 +70,11 @@ class Policy:
             output = self.unet(latents, timesteps, prompt_embeds, added_cond_kwargs=conditions).sample.float()
         return output if with_gradient else output.detach()
 
-    def compile(self, shape, **options):
-        """Compiles the UNet with torch.compile, anew for each size of batch when it first comes, and makes sure on
-        latents of `shape` (B, C, H, W) that it still has its gradient. (On a CPU torch 2.13's had not: with the right
-        output, the middle block got none. The importance ratio does not see that.) Raises InputError if it has not."""
+    def compile(self, rows, height=0, width=0, **options):
+        """Compiles the UNet with torch.compile, anew for each size of batch when it first comes, and makes sure on a
+        batch of `rows` latents that it still has its gradient. (On a CPU torch 2.13's had not: with the right output,
+        the middle block got none. The importance ratio does not see that.) Raises InputError if it has not."""
+        shape = (rows, *self.latent_shape(height, width))
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         timesteps = torch.linspace(1, 999, len(latents), device=self.device).long()
         embeds, parameters = self.embed([""] * len(latents)), self.trainable_parameters()
@@ -129,17 +131,32 @@ class Policy:
         if num_steps > trained or int(self.scheduler.timesteps.max()) >= trained:  # by an offset
             raise InputError(f"sample.num_steps = {num_steps}: the model has {trained} timesteps, so fewer than those")
 
+    def step_mean_std(self, model_output, timesteps, latents, eta):
+        """The policy's step from `latents` x_t: a Gaussian of mean (B, C, H, W) and std (B, 1, 1, 1)."""
+        return ddim_step_mean_std(self.scheduler, model_output, timesteps, latents, eta)
+
+    def step_stds(self, eta):
+        """(T,) float32: the standard deviations of the T steps."""
+        zeros = torch.zeros(len(self.scheduler.timesteps), 1, device=self.device)
+        return self.step_mean_std(zeros, self.scheduler.timesteps.to(self.device), zeros, eta)[1].flatten()
+
     def trainable_parameters(self):
         return [p for p in self.unet.parameters() if p.requires_grad]
 
-    def keep(self, base=False, ema_decay=0.0):
-        """Called before any weight changes. base: whether `base` will be needed; for full finetuning that is a copy of
-        the UNet, in the policy's precision, while a LoRA can just be left out. ema_decay: if not 0, of a moving average
-        of the trained weights; over the first n updates it decays by (1 + n) / (10 + n) if that is less."""
-        if base and not self.lora_rank:
+    def prepare_training(self, options):
+        """Called before any weight changes. options: `config.train`. Where a KL from the base model is wanted, keeps
+        `base`: for full finetuning a copy of the UNet in the policy's precision, while a LoRA can just be left out."""
+        if options.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        if options.kl_weight and not self.lora_rank:
             self._base_unet = copy.deepcopy(self.unet).requires_grad_(False).to(self.dtype)
-        if ema_decay:
-            self.ema = EMAModel(self.trainable_parameters(), decay=ema_decay)
+        if options.ema_decay:
+            self.start_ema(options.ema_decay)
+
+    def start_ema(self, decay):
+        """Begins a moving average of the trained weights as they are; over the first n updates it decays by
+        (1 + n) / (10 + n) if that is less than `decay`."""
+        self.ema = EMAModel(self.trainable_parameters(), decay=decay)
 
     def update_ema(self):
         """Carries the moving average on, if there is one; to be called after every update."""
@@ -186,14 +203,18 @@ class Policy:
                 raise InputError(f"sample.{name} = {value} is not a multiple of {factor}: use {below} or {above}")
         return (self.unet.config.in_channels, *(p // factor for p in pixels))
 
+    def noise_shape(self, sample):
+        """(T + 1, C, H, W) of the noise that a picture takes: the first latent, and T steps. sample: a config's."""
+        return (sample.num_steps + 1, *self.latent_shape(sample.height, sample.width))
 
-def load_policy(model, lora_rank, precision, device, lora_targets=("to_q", "to_k", "to_v", "to_out.0"), lora_seed=0):
+
+def load_policy(model, lora_rank, precision, device, lora_targets="to_q,to_k,to_v,to_out.0", lora_seed=0):
     """Loads a base model and makes it trainable.
 
     Args:
         model: a folder, or a name on the hub, that holds a StableDiffusionPipeline or StableDiffusionXLPipeline.
-        lora_rank: 0 for full finetuning of the UNet, else the rank of the LoRA on the modules named by `lora_targets`.
-            Its alpha equals its rank, so its scale is 1 for every rank.
+        lora_rank: 0 for full finetuning of the UNet, else the rank of the LoRA on the modules that `lora_targets`
+            names, comma-separated. Its alpha equals its rank, so its scale is 1 for every rank.
         precision: fp32, tf32, bf16 or fp16.
         device: where it runs.
         lora_seed: of the LoRA's initial weights.
@@ -201,6 +222,7 @@ def load_policy(model, lora_rank, precision, device, lora_targets=("to_q", "to_k
         InputError if there is no such model, or `lora_targets` name none of its modules.
     """
     dtype = choose("precision", precision, PRECISIONS)
+    lora_targets = lora_targets.replace(" ", "").split(",")
     pipe = load_pipeline(model)
     pipe.vae.requires_grad_(False)
     for name in ("text_encoder", "text_encoder_2"):
@@ -219,9 +241,7 @@ def load_policy(model, lora_rank, precision, device, lora_targets=("to_q", "to_k
             if not any(name and f".{name}".endswith(f".{target}") for name in modules):
                 raise InputError(f"lora_targets: the UNet has no module {target!r}. Common: to_q,to_k,to_v,to_out.0")
         torch.manual_seed(lora_seed)
-        lora = LoraConfig(
-            r=lora_rank, lora_alpha=lora_rank, init_lora_weights="gaussian", target_modules=list(lora_targets)
-        )
+        lora = LoraConfig(r=lora_rank, lora_alpha=lora_rank, init_lora_weights="gaussian", target_modules=lora_targets)
         try:
             pipe.unet.add_adapter(lora)
         except ValueError as error:

@@ -9,9 +9,8 @@ To add a set: write one such function, and put it in `PROMPT_SETS` below.
 import functools
 from pathlib import Path
 
-import numpy as np
-
 from ddpo.errors import InputError, choose
+from ddpo.seeds import numpy_generator
 
 ASSETS = Path(__file__).parent / "assets"
 ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
@@ -105,4 +104,4 @@ def check_length(prompts, tokenizer):
 
 def draw_prompt(prompt_set, seed, epoch, index):
     """The (prompt, metadata) of sample `index` of an epoch."""
-    return prompt_set[np.random.default_rng((seed, epoch, index, 1)).integers(len(prompt_set))]
+    return prompt_set[numpy_generator("prompt", seed, epoch, index).integers(len(prompt_set))]

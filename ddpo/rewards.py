@@ -16,7 +16,7 @@ import io
 import os
 import re
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
@@ -275,3 +275,50 @@ def compute_rewards(reward, images, prompts, metadata, timeout=0):
             if not np.isfinite(value):
                 raise InputError(f"{what} returned {value} for the prompt {prompt!r}: it must be finite")
     return checked.pop(""), checked
+
+
+class RewardQueue:
+    """Scores the pictures of an epoch batch by batch, in the background while the next ones are sampled; on a CPU,
+    whose cores are busy, at once. A reward that fails is kept for `errors`."""
+
+    def __init__(self, reward, prompts, metadata, timeout, device, clock):
+        """prompts, metadata: of all N pictures. timeout: of a batch, see `compute_rewards`. clock: a Stopwatch."""
+        self._reward, self._prompts, self._metadata, self._timeout = reward, prompts, metadata, timeout
+        self._wait, self._clock = device.type == "cpu", clock
+        self._thread, self._batches = ThreadPoolExecutor(1), []
+
+    def put(self, first, images):
+        """Takes the pictures from index `first` on."""
+        batch = slice(first, first + len(images))
+        arguments = self._reward, images, self._prompts[batch], self._metadata[batch], self._timeout
+        self._batches.append(self._thread.submit(compute_rewards, *arguments))
+        self._clock.lap("seconds_sampling")
+        if self._wait:
+            wait(self._batches)
+            self._clock.lap("seconds_rewards")
+
+    def failed(self):
+        """Whether a reward has failed so far."""
+        return any(batch.done() and batch.exception() for batch in self._batches)
+
+    def cancel(self):
+        """Drops the batches that are not being scored yet."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def errors(self):
+        """The first failure, if any, once all are scored or one has failed; other exceptions than InputError are
+        raised."""
+        wait(self._batches, return_when=FIRST_EXCEPTION)
+        self.cancel()
+        for batch in self._batches:
+            if batch.done() and not batch.cancelled() and batch.exception():
+                if not isinstance(batch.exception(), InputError):
+                    raise batch.exception()
+                return [batch.exception()]
+        return []
+
+    def result(self):
+        """rewards (N,) float32 and info, {name: (N,)}, in the order of the pictures."""
+        scored = [batch.result() for batch in self._batches]
+        rewards = np.concatenate([values for values, _ in scored])
+        return rewards, {key: np.concatenate([info[key] for _, info in scored]) for key in scored[0][1]}

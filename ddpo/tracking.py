@@ -1,4 +1,4 @@
-"""What a run leaves behind: RUN/config.json, metrics.jsonl and images/, always; by options evaluation.jsonl, and
+"""What a run measures: means over an epoch, the time its phases take, RUN/metrics.jsonl and RUN/evaluation.jsonl, and
 wandb or TensorBoard."""
 
 import json
@@ -6,43 +6,9 @@ import os
 import time
 from netrc import NetrcParseError, netrc
 
-from ddpo.errors import InputError
-from ddpo.guards import lock_run
-from ddpo.options import NO_EFFECT, flatten, read_options
+import torch
 
-
-def start_run(run_dir, config):
-    """Makes the run's folder and writes its config.json; on a resume, says which options are others than before."""
-    try:
-        os.makedirs(os.path.join(run_dir, "images"), exist_ok=True)
-    except OSError as error:
-        raise InputError(f"run_dir {run_dir!r} cannot be made: {error}") from error
-    lock_run(run_dir)
-    path, new = os.path.join(run_dir, "config.json"), flatten(config)
-    if os.path.exists(path):
-        old = read_options(run_dir)
-        for key in sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k)):
-            if key not in ("run_dir", "resume", "num_epochs"):
-                matters = (
-                    "changes no result" if key in NO_EFFECT else "MATTERS: the run is no longer one of either value"
-                )
-                print(f"{run_dir}: {key} was {old.get(key)!r}, now {new.get(key)!r} ({matters})", flush=True)
-    with open(path + ".tmp", "w") as f:
-        json.dump(config.to_dict(), f, indent=2)
-    os.replace(path + ".tmp", path)
-
-
-def describe_run(run_dir, config, first_epoch, prompt_count, trained_weights, trained_steps):
-    """What a run is about to do, in two lines."""
-    sample, updates = config.sample, config.train.updates_per_epoch
-    per_update = sample.images_per_epoch // updates
-    method = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "full finetuning"
-    return (
-        f"{run_dir}: {config.reward} on {config.prompts} ({prompt_count} prompts), {config.algorithm}, {method} of "
-        f"{config.model} ({trained_weights / 1e6:.2f}M weights), {config.precision}\n"
-        f"epochs {first_epoch} to {config.num_epochs - 1}, each {sample.images_per_epoch} images of {sample.num_steps} "
-        f"steps, {updates * config.train.inner_epochs} updates of {per_update} x {trained_steps} transitions"
-    )
+from ddpo.options import flatten
 
 
 def start_tracker(accelerator, run_dir, config):
@@ -104,3 +70,26 @@ def log_metrics(accelerator, run_dir, metrics, name="metrics"):
         accelerator.log(numbers, step=metrics["epoch"])
     except Exception as error:
         _give_up_tracker(accelerator, "the tracker", error)
+
+
+class Means:
+    """What is logged of an epoch's minibatches: means, and highest values. They are kept on the device, so that adding
+    to them does not wait for it."""
+
+    def __init__(self):
+        self._sums, self._highest = {}, {}
+
+    def add(self, **values):
+        """Adds tensors (B,), to be averaged."""
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0) + value.sum()
+
+    def highest(self, **values):
+        """Takes tensors (B,) whose highest value is wanted."""
+        for key, value in values.items():
+            self._highest[key] = torch.maximum(self._highest.get(key, value.new_zeros(())), value.max())
+
+    def over(self, count, accelerator):
+        """{name: sum over all processes / count, or highest value of any}."""
+        means = {key: float(accelerator.reduce(value, "sum")) / count for key, value in self._sums.items()}
+        return means | {key: float(accelerator.gather(value).max()) for key, value in self._highest.items()}

@@ -27,7 +27,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -38,6 +37,7 @@ from ddpo.options import load_preset
 from ddpo.pipeline_logprob import draw_noise, sample_with_logprob
 from ddpo.policy import load_policy, load_weights
 from ddpo.reward_model import read_choices, read_jsonl
+from ddpo.seeds import numpy_generator
 from scripts.sample import open_run
 
 PAGE = Path(__file__).parent / "annotate.html"
@@ -55,12 +55,12 @@ def draw_pairs(policy, prompt_set, output, first, count, sample, seed=0):
         prompt_set: list of (prompt, metadata).
         sample: the `config.sample` that says guidance_scale, eta, num_steps, batch_size, height and width.
     """
-    shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))
+    shape = policy.noise_shape(sample)
     (output / "images").mkdir(parents=True, exist_ok=True)
     per_batch = max(1, sample.batch_size // 2)
     for start in tqdm(range(first, count, per_batch), "drawing pairs", disable=first >= count):
         pairs = list(range(start, min(start + per_batch, count)))
-        texts = [prompt_set[np.random.default_rng((seed, i, 1)).integers(len(prompt_set))][0] for i in pairs]
+        texts = [prompt_set[numpy_generator("prompt", seed, i).integers(len(prompt_set))][0] for i in pairs]
 
         doubled = [text for text in texts for _ in range(2)]
         pictures = sample_with_logprob(

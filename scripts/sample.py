@@ -34,8 +34,8 @@ def open_run(run, checkpoint=""):
     if not folders:
         raise InputError(f"{run} has no checkpoint yet")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    targets = config.lora_targets.replace(" ", "").split(",")
-    policy = load_policy(config.model, config.lora_rank, config.precision, device, targets)  # a new LoRA adds nothing
+    # A new LoRA adds nothing, so this is the base model.
+    policy = load_policy(config.model, config.lora_rank, config.precision, device, config.lora_targets)
     return config, policy, folders[checkpoint] if checkpoint else list_checkpoints(run)[-1]
 
 
@@ -43,7 +43,7 @@ def base_and_finetuned(policy, folder, texts, sample, seed):
     """Draws one picture per text, by the policy as it is and then with the weights in `folder`: ("base", PIL images),
     ("finetuned", PIL images). The noise of picture i is that of generator seed + i, `sample` a run's config.sample."""
     policy.set_timesteps(sample.num_steps)
-    shape = (sample.num_steps + 1, *policy.latent_shape(sample.height, sample.width))
+    shape = policy.noise_shape(sample)
 
     def noise(i):
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed + i))

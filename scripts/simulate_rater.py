@@ -29,6 +29,7 @@ from ddpo.errors import InputError, run_script
 from ddpo.evaluation import load_classifier, named_animals
 from ddpo.images import image_grid
 from ddpo.reward_model import rank_correlation
+from ddpo.seeds import numpy_generator
 from scripts.annotate import read_pairs, shown
 from scripts.sample import base_and_finetuned, open_run
 
@@ -99,7 +100,7 @@ def main():
     output = args.output or folder / ("ratings.csv" if args.what == "rate" else "choices.jsonl")
     if args.what != "check" and os.path.exists(output):  # a person's clicks, maybe
         raise InputError(f"{output} is there already: choose another --output")
-    rng = np.random.default_rng((args.seed, 4))
+    rng = numpy_generator("rater", args.seed)
     names = [name for pair in pairs[:needed] for name in pair["images"]]
     likes = {name: taste(Image.open(folder / name)) for name in tqdm(names, "looking")}
     if args.what == "check":

@@ -32,6 +32,7 @@ from ddpo.reward_model import (
     save_reward_model,
     train_head,
 )
+from ddpo.seeds import numpy_generator
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -51,7 +52,7 @@ def split(index, seed):
     for row, pictures in enumerate(index.tolist()):
         groups.setdefault(tuple(sorted(pictures)), []).append(row)
     keys = list(groups)
-    order = np.random.default_rng((seed, 5)).permutation(len(keys))
+    order = numpy_generator("split", seed).permutation(len(keys))
     held, stop = max(1, round(0.2 * len(keys))), max(1, round(0.16 * len(keys)))
     parts, taken = [], set()
     for chosen in (order[:held], order[held : held + stop], order[held + stop :]):

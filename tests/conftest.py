@@ -90,17 +90,20 @@ def http_server():
 
 
 SMALL = {  # a run of seconds
-    "threads": 1, "lora_rank": 4, "num_epochs": 2, "stop_reward": float("inf"), "grid_images": 2,
+    "threads": 1, "lora_rank": 4, "num_epochs": 2, "grid_images": 2,
     "prompts": "common_animals", "sample.num_steps": 3, "sample.images_per_epoch": 8, "sample.batch_size": 4,
     "train.batch_size": 4, "train.updates_per_epoch": 2,
 }  # fmt: skip
 
 
 def command_line(*arguments, processes=1, launcher=(), direct=False, script="train.py", **options):
-    """The real command line: accelerate launch train.py; or python train.py itself if `direct`. `a__b=c` stands for
-    --config.a.b=c. `script` "tests/saboteur.py" is train.py with something broken."""
+    """The real command line: accelerate launch train.py, for several processes torchrun; or python train.py itself if
+    `direct`. `a__b=c` stands for --config.a.b=c. `script` "tests/saboteur.py" is train.py with something broken."""
     options = SMALL | {k.replace("__", "."): v for k, v in options.items()}
-    launcher = launcher or ("accelerate.commands.launch", "--cpu", "--num_processes", str(processes))
+    if not launcher:
+        launcher = ("accelerate.commands.launch", "--cpu", "--num_processes", "1")
+        if processes > 1:
+            launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
     command = [sys.executable, *([] if direct else ("-m", *launcher)), script]
     return [*command, *arguments, *(f"--config.{k}={v}" for k, v in options.items())]
 

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 import zlib
-from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -42,6 +41,15 @@ def by_prompt(images, prompts, metadata):
     return [zlib.crc32(prompt.encode()) % 97 for prompt in prompts], {}
 
 
+def fails_later(images, prompts, metadata):
+    """In the second epoch of SMALL's two batches."""
+    fails_later.calls += 1
+    if fails_later.calls > 2:
+        raise ConnectionError("the server is gone")
+    return by_prompt(images, prompts, metadata)
+
+
+fails_later.calls = 0
 REWARDS = {
     "one NaN": lambda images, prompts, metadata: (np.where(np.arange(len(images)) == 3, np.nan, 1.0), {}),
     "all NaN": lambda images, prompts, metadata: (np.full(len(images), np.nan), {}),
@@ -51,12 +59,13 @@ REWARDS = {
     "text": lambda images, prompts, metadata: (["good"] * len(images), {}),
     "constant": lambda images, prompts, metadata: (np.full(len(images), 3.0), {}),
     "raises": raises, "hangs": hangs, "slow": slow, "interrupts": interrupts, "by prompt": by_prompt,
+    "fails later": fails_later, "fails later on rank 1": fails_later if RANK else by_prompt,
 }  # fmt: skip
 
 if SABOTAGE in REWARDS:
     rewards.REWARDS["sabotaged"] = REWARDS[SABOTAGE]
 elif SABOTAGE == "scores come late":  # as on a GPU; and the first of two batches only after the second was sampled
-    submitted, result = threading.Semaphore(0), Future.result
+    submitted, start, put = threading.Semaphore(0), rewards.RewardQueue.__init__, rewards.RewardQueue.put
 
     def late(images, prompts, metadata):
         late.calls += 1
@@ -64,12 +73,16 @@ elif SABOTAGE == "scores come late":  # as on a GPU; and the first of two batche
             raise TimeoutError("the second batch is not sampled while the first is scored")
         return by_prompt(images, prompts, metadata)
 
-    def do_not_wait(self, timeout=None):  # where train.py has a CPU wait for the score
-        if sys._getframe(1).f_code.co_name != "score":
-            return result(self, timeout)
+    def start_as_on_a_gpu(self, *arguments):
+        start(self, *arguments)
+        self._wait = False
+
+    def put_and_tell(self, *arguments):
+        put(self, *arguments)
         submitted.release()
 
-    late.calls, Future.result = 0, do_not_wait
+    late.calls = 0
+    rewards.RewardQueue.__init__, rewards.RewardQueue.put = start_as_on_a_gpu, put_and_tell
     rewards.REWARDS["sabotaged"] = late
 elif SABOTAGE == "ranks drift apart" and RANK == 1:
     step = torch.optim.AdamW.step
@@ -83,16 +96,16 @@ elif SABOTAGE == "ranks drift apart" and RANK == 1:
 elif SABOTAGE == "the gradient is not finite":
     from ddpo import losses
 
-    def not_finite(log_prob, old_log_prob, weight, config):
-        loss, info = losses.ddpo_is(log_prob, old_log_prob, weight, config)
-        return loss * torch.where((weight == weight.max()) & IS_LAST_RANK, torch.inf, 1.0), info
+    def not_finite(terms, advantages, options):
+        loss, info = losses.ddpo_is(terms, advantages, options)
+        return loss * torch.where((advantages == advantages.max()) & IS_LAST_RANK, torch.inf, 1.0), info
 
     losses.ALGORITHMS["not_finite"] = losses.ALGORITHMS["ddpo_is"]._replace(loss=not_finite)
 elif SABOTAGE == "training has dropout":
-    import ddpo.pipeline_logprob as pipeline
+    from ddpo import likelihood
 
-    predict = pipeline.predict_noise
-    pipeline.predict_noise = lambda *args: predict(*args) * (1.02 if torch.is_grad_enabled() else 1.0)
+    predict = likelihood.predict_noise
+    likelihood.predict_noise = lambda *args: predict(*args) * 1.02
 elif SABOTAGE.startswith("memory for "):  # so many rows in a forward pass
     from ddpo.policy import Policy
 

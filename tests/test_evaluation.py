@@ -120,11 +120,13 @@ def test_a_run_is_evaluated_as_the_script_evaluates_it(evaluated, clip):
             ours, theirs = line[section], script[section][name]
             assert ours.keys() == theirs.keys() >= {"reward_mean", "jpeg_incompressibility", "diversity", "by_prompt"}
             for key in ours:
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-4), (section, key)
+                # Rounding may move one JPEG file by a byte; and diversity is a small difference of large numbers.
+                tolerance = 6e-4 if key == "by_prompt" else 2e-4
+                assert ours[key] == pytest.approx(theirs[key], abs=tolerance), (section, key)
             assert ours["reward_mean"] == pytest.approx(-ours["jpeg_incompressibility"], rel=1e-6)
             assert np.mean(list(ours["by_prompt"].values())) == pytest.approx(ours["reward_mean"], rel=1e-5)
     first, last = (line["seen, stochastic"]["reward_mean"] for line in (lines[0], lines[-1]))
-    assert first != last != lines[-1]["seen, deterministic"]["reward_mean"]
+    assert abs(first - last) > 5e-4 and last != lines[-1]["seen, deterministic"]["reward_mean"]
 
 
 def test_evaluation_changes_nothing_and_held_out_prompts_are_not_trained_on(tiny, tmp_path, evaluated):
@@ -185,7 +187,7 @@ def test_a_judge_that_fails_costs_no_weights(tiny, tmp_path, monkeypatch):
         return np.zeros(len(images)), {}
 
     monkeypatch.setitem(rewards.REWARDS, "fickle", fickle)
-    monkeypatch.setattr(train.guards.signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
+    monkeypatch.setattr("ddpo.interrupt.signal.signal", lambda *_: None)  # pytest keeps its Ctrl-C
     config = get_config()
     own = {"model": tiny, "run_dir": str(tmp_path / "run"), "evaluate.every": 1, "evaluate.rewards": "fickle"}
     config.update_from_flattened_dict({**SMALL, **own, "evaluate.limit": 4, "save_every": 10})

@@ -13,6 +13,8 @@ import torch
 from torch.distributions import Normal
 
 from ddpo import losses
+from ddpo.batches import TIMESTEPS, window_of_steps
+from ddpo.likelihood import Draws, Transitions
 from ddpo.losses import ALGORITHMS, ddpo_is, ddpo_sf, ddpo_smooth
 from ddpo.stat_tracking import leave_one_out, per_group
 
@@ -32,7 +34,8 @@ def gradients(x, theta, algorithm, weight, old_theta=None, config=CONFIG):
     theta = torch.full((len(x),), theta, dtype=torch.float64, requires_grad=True)
     old_theta = theta.detach() if old_theta is None else torch.tensor(old_theta, dtype=torch.float64)
     log_prob, old = Normal(theta, S).log_prob(x), Normal(old_theta, S).log_prob(x)
-    loss, _ = algorithm(log_prob, old, torch.as_tensor(weight), config)
+    terms = Draws(-log_prob) if algorithm is losses.rwr else Transitions(log_prob, old)
+    loss, _ = algorithm(terms, torch.as_tensor(weight), config)
     return -torch.autograd.grad(loss.sum(), theta)[0]
 
 
@@ -127,7 +130,7 @@ def test_gradient_before_any_update_is_the_policy_gradient(algorithm):
     theta = torch.randn(8, requires_grad=True)
     x, advantage = torch.randn(5, 8), torch.randn(5)
     log_prob = gaussian_log_prob(theta, x)
-    loss, info = algorithm(log_prob, log_prob.detach(), advantage, CONFIG)
+    loss, info = algorithm(Transitions(log_prob, log_prob.detach()), advantage, CONFIG)
     (gradient,) = torch.autograd.grad(loss.mean(), theta)
     expected = -(advantage[:, None] * (x - theta) / 8).mean(dim=0)
     torch.testing.assert_close(gradient, expected.detach())
@@ -137,7 +140,7 @@ def test_gradient_before_any_update_is_the_policy_gradient(algorithm):
 def test_clipping_stops_the_gradient_only_where_it_would_overshoot():
     shift = torch.tensor([0.02, 0.02, -0.02, -0.02, 0.005, -0.005], requires_grad=True)  # log ratio
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
-    loss, info = ddpo_is(shift, torch.zeros(6), advantage, CONFIG)
+    loss, info = ddpo_is(Transitions(shift, torch.zeros(6)), advantage, CONFIG)
     (gradient,) = torch.autograd.grad(loss.sum(), shift)
     # Further up with a positive advantage, or down with a negative one, beyond the range: no gradient.
     assert (gradient != 0).tolist() == [False, True, True, False, True, True]
@@ -153,7 +156,7 @@ def test_the_smooth_penalty_draws_back_what_overshot(advantage):
     for offset, falls in ((-0.5 * CONFIG.clip_range, True), (0.0, None), (0.5 * CONFIG.clip_range, False)):
         ratio = edge + np.sign(advantage) * offset
         shift = torch.tensor([np.log(ratio)], requires_grad=True)
-        loss, _ = ddpo_smooth(shift, torch.zeros(1), torch.tensor([advantage]), CONFIG)
+        loss, _ = ddpo_smooth(Transitions(shift, torch.zeros(1)), torch.tensor([advantage]), CONFIG)
         slope = float(torch.autograd.grad(loss.sum(), shift)[0]) * np.sign(advantage)  # along A
         assert abs(slope) < 1e-9 if falls is None else (slope < 0) == falls
 
@@ -161,10 +164,10 @@ def test_the_smooth_penalty_draws_back_what_overshot(advantage):
 def test_timestep_choices():
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        for name, rule in losses.TIMESTEPS.items():
+        for name, rule in TIMESTEPS.items():
             steps = rule(rng, 10, 4)
             assert len(set(steps)) == 4 and (np.diff(steps) > 0).all() and 0 <= steps[0] and steps[-1] < 10
             assert name == "random" or steps[-1] - steps[0] == 3
             assert name != "first" or steps[0] == 0
-    starts = {int(losses.window_of_steps(np.random.default_rng(s), 10, 4)[0]) for s in range(100)}
+    starts = {int(window_of_steps(np.random.default_rng(s), 10, 4)[0]) for s in range(100)}
     assert starts == set(range(7))

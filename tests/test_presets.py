@@ -56,7 +56,7 @@ def test_an_epoch_on_a_tiny_model(tiny, tmp_path, monkeypatch, preset):
     })  # fmt: skip
     if not config.reward.startswith("jpeg"):
         config.reward = "jpeg_compressibility"
-    monkeypatch.setattr(train.guards.signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
+    monkeypatch.setattr("ddpo.interrupt.signal.signal", lambda *_: None)  # pytest keeps its Ctrl-C
     train.train(config, "preset")
     (line,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(value) for value in line.values()) and line["grad_norm"] > 0 and line["ratio_error"] == 0

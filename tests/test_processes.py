@@ -47,11 +47,10 @@ def test_four_processes_equal_one(tiny, tmp_path, alone):
     assert_same_run(run, alone)
 
 
-def test_one_process_saves_and_two_of_torchrun_resume(tiny, tmp_path, alone):
+def test_one_process_saves_and_two_resume(tiny, tmp_path, alone):
     run = tmp_path / "run"
     launch(model=tiny, run_dir=run, num_epochs=1, direct=True, **BY_PROMPT)
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    launch(model=tiny, resume=run, launcher=launcher, **BY_PROMPT)
+    launch(model=tiny, resume=run, processes=2, **BY_PROMPT)
     assert_same_run(run, alone)
 
 
@@ -64,12 +63,21 @@ def test_two_processes_save_and_one_resumes(tiny, tmp_path):
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
-def test_a_number_of_processes_that_cannot_be_found_out(tiny, tmp_path):
-    """accelerate launch starts one process where there is no GPU, and does not say how many were meant."""
-    (tmp_path / "accelerate.yaml").write_text("num_processes: 2\ndistributed_type: MULTI_CPU\nuse_cpu: true\n")
-    launcher = ("accelerate.commands.launch", "--quiet", "--config_file", str(tmp_path / "accelerate.yaml"))
-    result = launch(model=tiny, run_dir=tmp_path / "run", launcher=launcher, check=False)
-    assert result.returncode != 0 and "error: accelerate launch starts only one process" in result.stderr
+def test_accelerate_launch_is_refused_what_it_would_not_do(tiny, tmp_path):
+    """It starts one process where there is no GPU, and what else it is told would be ignored without a word."""
+    several = ("accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2")
+    for launcher, env, message in (
+        (several, {}, "starts only one process without a GPU, whatever --num_processes says: use torchrun"),
+        ((), {"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed precision (bf16) does nothing here"),
+        ((), {"ACCELERATE_USE_FSDP": "true"}, "FSDP does nothing here"),
+        ((), {"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED does nothing here"),
+        ((), {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo backend does nothing here"),
+    ):
+        options = {"launcher": launcher} if launcher else {"direct": True}
+        result = launch(model=tiny, run_dir=tmp_path / "run", check=False, env=env, **options)
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert result.returncode != 0 and len(errors) == 1 and message in errors[0], result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_processes_that_drift_apart_are_named(tiny, tmp_path):
@@ -107,8 +115,8 @@ def two_machines():
 def test_two_machines_equal_one(tiny, tmp_path, alone, two_machines):
     run, processes = tmp_path / "run", []
     for rank, (interface, prefix) in enumerate(two_machines.items()):
-        launcher = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "2")
-        launcher += ("--machine_rank", str(rank), "--main_process_ip", "10.77.0.1", "--main_process_port", "29577")
+        launcher = ("torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1")
+        launcher += ("--master_addr", "10.77.0.1", "--master_port", "29577")
         options = {k: v for k, v in BY_PROMPT.items() if k != "env"}
         command = command_line(model=tiny, run_dir=run, launcher=launcher, **options)
         env = {**os.environ, **BY_PROMPT["env"], "GLOO_SOCKET_IFNAME": interface}

@@ -55,6 +55,7 @@ def worker(options):
     profile, processes = options.pop("profile", 0), options.pop("processes", 1)  # of several, the first one reports
     os.chdir(options.pop("checkout", ROOT))
     sys.path.insert(0, os.getcwd())
+    import ddpo.run
     import train
     from config.base import get_config
 
@@ -85,7 +86,7 @@ def worker(options):
         policy.unet.register_forward_pre_hook(lambda _, given: passes.append((torch.is_grad_enabled(), len(given[0]))))
         return policy
 
-    train.log_metrics, train.load_policy = gate, load
+    ddpo.run.log_metrics, train.load_policy = gate, load
     config = get_config()
     config.update_from_flattened_dict(options)
     train.train(config, "bench")

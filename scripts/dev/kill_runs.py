@@ -29,7 +29,7 @@ from scripts.make_random_model import make_random_model
 from scripts.provenance import commit
 
 PHASES = {  # the function of our code that the main thread is in -> the phase
-    "sample_with_logprob": "sampling", "compute_rewards": "reward", "log_prob_of": "update",
+    "sample_with_logprob": "sampling", "compute_rewards": "reward", "score": "update",
     "clip_grad_norm_": "update",
     "save_checkpoint": "checkpoint", "truncate_metrics": "metrics", "log_metrics": "metrics",
     "load_checkpoint": "resuming", "draw_grid": "grid", "load_policy": "loading",
@@ -127,7 +127,6 @@ def main():
     model = str(make_random_model("tiny", os.path.join(work, "model")))
     options = {
         "model": model, "lora_rank": 4, "num_epochs": EPOCHS, "save_every": 1, "keep_checkpoints": 2, "threads": 1,
-        "stop_reward": "inf",
         "prompts": "common_animals", "grid_images": 2, "sample.num_steps": 4, "sample.images_per_epoch": 16,
         "sample.batch_size": 4, "train.batch_size": 4, "train.updates_per_epoch": 2, "train.learning_rate": 1e-3,
         "stats.min_count": 2,

@@ -1,0 +1,103 @@
+"""The optimizer of an update: AdamW with a warm-up, clipping by global norm, and loss scaling in fp16. To try another
+one, change `make_optimizer`; parameter groups with learning rates of their own are warmed up and resumed alike."""
+
+import torch
+from accelerate.utils import gather_object
+
+from ddpo.errors import InputError
+
+
+def make_optimizer(parameters, options):
+    """AdamW. options: `config.train`."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        weight_decay=options.adam_weight_decay,
+        fused=True,
+    )
+
+
+class Optimizer:
+    """An update is: `backward` of each minibatch's share of the loss, then `clip`, then `step`."""
+
+    def __init__(self, parameters, config, accelerator):
+        self.parameters, self.options, self.accelerator = parameters, config.train, accelerator
+        self.adam = make_optimizer(parameters, config.train)
+        for group in self.adam.param_groups:
+            group["peak_lr"] = group["lr"]  # what the warm-up rises to
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "fp16")
+        self.loss = 0.0  # of this process's share of the update so far
+        self.grad_norms = []
+
+    def backward(self, loss):
+        """Adds the gradient of a part of the update's loss."""
+        self.scaler.scale(loss).backward()
+        self.loss = self.loss + loss.detach()
+
+    def clip(self):
+        """Sums the gradient over the processes and clips its global norm. Returns whether the gradient is fit for
+        `step`: it is not if it is not finite, unless the loss is and fp16's scaled gradient has merely overflowed, as
+        it does now and then; the scaler then skips the step and scales less from there on."""
+        if self.accelerator.num_processes > 1:
+            for p in self.parameters:
+                p.grad = self.accelerator.reduce(p.grad, "sum")
+        self.scaler.unscale_(self.adam)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
+        if norm.isfinite():
+            self.grad_norms.append(float(norm))
+            return True
+        scaled = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        return scaled and bool(self.accelerator.reduce(self.loss).isfinite())
+
+    def step(self, updates_done):
+        """Updates the weights. updates_done: in all epochs before; the learning rate rises linearly over the first
+        `warmup_updates`, since Adam's first steps move every weight by all of it, however small its gradient."""
+        for group in self.adam.param_groups:
+            group["lr"] = group["peak_lr"] * min(1, (updates_done + 1) / max(1, self.options.warmup_updates))
+        self.scaler.step(self.adam)
+        self.scaler.update()
+        self.adam.zero_grad()
+        self.loss = 0.0
+
+    def mean_grad_norm(self):
+        """The mean norm, before clipping, of the updates since it was last asked for."""
+        norms, self.grad_norms = self.grad_norms, []
+        return sum(norms) / len(norms) if norms else 0.0
+
+    def state_dict(self):
+        return {"optimizer": self.adam.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state):
+        """Takes on the moments and the loss scale of a saved state, and keeps the options that it was made with."""
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.adam.param_groups]
+        self.adam.load_state_dict(state["optimizer"])
+        for group, options in zip(self.adam.param_groups, own, strict=True):
+            group.update(options)
+        if state["scaler"]:  # else the saved run had another precision
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def blame_gradient(where, parameters, minibatches, loss_of, describe):
+    """Raises the InputError of an update whose gradient is not finite, which names the first culprit of any process.
+
+    Args:
+        minibatches: this process's, each a tuple of index tensors; they are tried sample by sample.
+        loss_of: function of such a tuple that returns its losses and something else.
+        describe: function of such indices, of one sample, that names it.
+    """
+    culprits = []
+    for single in (single for batch in minibatches for single in zip(*(indices.split(1) for indices in batch))):
+        for p in parameters:
+            p.grad = None
+        loss = loss_of(*single)[0]
+        loss.sum().backward()
+        if not all(p.grad.isfinite().all() for p in parameters if p.grad is not None):
+            culprits.append(f"{describe(*single)} (loss {float(loss):.4g})")
+            break
+    culprits = gather_object(culprits) or ["no transition of its own, only in their sum"]
+    raise InputError(
+        f"{where}: the gradient is not finite at {culprits[0]}. Stopped before it reached the weights; a lower "
+        "train.learning_rate or a higher precision may help"
+    )

@@ -52,8 +52,8 @@ def train(config, preset):
 
     # This process's samples of an epoch: (updates, samples of an update).
     indices = own_samples(config.sample.images_per_epoch, config.train.updates_per_epoch, run.rank, run.processes)
-    samples_per_update = indices.shape[1] * run.processes
-    config.sample.batch_size, config.train.batch_size = fit_batch_sizes(policy, config, *indices.shape)
+    samples_per_update, keep_steps = indices.shape[1] * run.processes, algorithm.process == "reverse"
+    config.sample.batch_size, config.train.batch_size = fit_batch_sizes(policy, config, *indices.shape, keep_steps)
     rescores = must_rescore(config, algorithm, indices.shape[1])
     if config.compile:
         guided = config.sample.guidance_scale > 1 and config.train.guidance
@@ -71,7 +71,7 @@ def train(config, preset):
         trajectories = sample_with_logprob(
             policy, prompts, lambda k: draw_noise(noise_shape, config.seed, epoch, indices[k]),
             config.sample.guidance_scale, config.sample.eta, config.sample.batch_size,
-            progress="sampling" if run.is_main else None,
+            keep_steps=keep_steps, progress="sampling" if run.is_main else None,
             stop=lambda: run.stopping(scores.failed()), on_images=scores.put,
         )  # fmt: skip
         if trajectories is None and run.interrupt.stopped:
@@ -99,7 +99,7 @@ def train(config, preset):
         run.clock.lap("seconds_rewards")  # those that sampling did not hide
         rollout = Rollout(policy, config, algorithm, epoch, indices, prompts, trajectories)
         plan = plan_updates(config, algorithm.process, epoch, advantages)
-        count = trained_steps(config, algorithm.process)  # of a sample's transitions in an update
+        transitions = samples_per_update * trained_steps(config, algorithm.process)  # of an update, in all processes
         if rescores:
             rollout.rescore(plan)
 
@@ -118,9 +118,12 @@ def train(config, preset):
             for sample, step in minibatches:
                 loss, info = loss_of(sample, step)
                 # Summed over minibatches and processes, this is the mean over the update's transitions.
-                optimizer.backward(loss.sum() / (samples_per_update * count))
+                optimizer.backward(loss.sum() / transitions)
                 means.add(loss=loss.detach(), **info)
                 bar.update(len(sample))
+            if config.train.target_kl and means.latest("kl_old", transitions, run.accelerator) > config.train.target_kl:
+                optimizer.discard()
+                break  # the policy is far enough from the one that sampled
             if not optimizer.clip():
                 where = f"epoch {epoch}, update {update}"
                 blame_gradient(where, optimizer.parameters, minibatches, loss_of, rollout.describe)
@@ -132,8 +135,8 @@ def train(config, preset):
         trajectories = rollout = None  # room for other pictures
         run.log({
             **run.mean_info(reward_info), "reward_mean": float(all_rewards.mean()),
-            "reward_std": float(all_rewards.std()), "grad_norm": optimizer.mean_grad_norm(),
-            **means.over(config.sample.images_per_epoch * config.train.inner_epochs * count, run.accelerator),
+            "reward_std": float(all_rewards.std()), **optimizer.summary(),
+            **means.over((update + 1) * transitions, run.accelerator),
         })  # fmt: skip
     run.finish()
 

@@ -26,7 +26,7 @@ def get_config():
     config.lora_targets = "to_q,to_k,to_v,to_out.0"  # module names of the UNet, comma-separated
     config.precision = "fp32"  # of the network: fp32, tf32, bf16, fp16. Trained weights are float32 in all
     config.compile = False  # (memory) torch.compile of the UNet: minutes at the start; refused if its gradient is wrong
-    config.algorithm = "ddpo_is"  # of ddpo/losses.py: ddpo_is, ddpo_sf, ddpo_smooth, rwr, rwr_sparse
+    config.algorithm = "ddpo_is"  # of ddpo/losses.py: ddpo_is, ddpo_mask, ddpo_smooth, ddpo_sf, rwr, rwr_sparse
     config.advantage = "per_prompt"  # of ddpo/stat_tracking.py: per_prompt, per_group, leave_one_out, whole_round
     config.reward = "jpeg_compressibility"  # of ddpo/rewards.py: NAME, NAME:MODEL, or "pickscore + 0.1*hpsv2"
     config.reward_timeout = 0.0  # seconds that scoring sample.batch_size pictures may take; 0: no limit
@@ -70,7 +70,11 @@ def get_config():
     train.adam_weight_decay = 1e-4
     train.adam_epsilon = 1e-8
     train.max_grad_norm = 1.0
-    train.clip_range = 1e-4  # of the importance ratio of a step; tied to the latent's size, see README
+    train.clip_range = (
+        1e-4  # ddpo_is: of a step's importance ratio; tied to the latent's size, see docs
+    )
+    train.kl_range = 1e-3  # ddpo_mask, ddpo_smooth: limit, or scale, of a step's divergence from the old policy
+    train.target_kl = 0.0  # ends an epoch's updates once their mean kl_old exceeds this; 0: never
     train.inverse_temperature = 5.0  # rwr: a sample weighs exp(this * reward)
     train.keep_percentile = 90.0  # rwr_sparse: of the rewards, above which a sample is kept
     train.weight_per_prompt = False  # rwr, rwr_sparse: compare a sample with those of its prompt, not with its round

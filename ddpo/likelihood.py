@@ -18,6 +18,7 @@ class Transitions(NamedTuple):
 
     log_prob: torch.Tensor  # log p_theta(x_{t-1} | x_t, c)
     old_log_prob: torch.Tensor  # the same under the weights that sampled; no gradient
+    kl_old: torch.Tensor  # KL(p_theta || p_old) of the step: the exact divergence from the policy that sampled it
     kl_base: torch.Tensor | None = None  # KL(p_theta || p_base), if `train.kl_weight` asks for it
 
     def ratio_error(self):
@@ -43,34 +44,39 @@ class Rollout:
         self.policy, self.config, self.algorithm = policy, config, algorithm
         self.epoch, self.indices, self.prompts = epoch, indices, prompts
         self.latents, self.timesteps = trajectories.latents, trajectories.timesteps
+        self.old_means, self.old_log_probs = trajectories.means, trajectories.log_probs  # (N, T, C, H, W), (N, T)
         self.prompt_embeds, self.negative_embeds = policy.embed(prompts), policy.embed([""])
         self.guidance_scale = config.sample.guidance_scale if config.train.guidance else 1.0
         # sigma_weighting: log-ratio * sigma_t / its mean, since steps with little noise would else be clipped first.
         stds = policy.step_stds(config.sample.eta)
         self.log_prob_scale = stds / stds.mean() if config.train.sigma_weighting else torch.ones_like(stds)
-        self.old_log_probs = trajectories.log_probs * self.log_prob_scale  # (N, T)
 
     def score(self, sample, step, inner_epoch):
         """The Transitions, or Draws, of B pairs: `sample` (B,) indexes this rollout's samples, `step` (B,) the T steps
         (or the draws of a sample)."""
         if self.algorithm.process == "forward":
             return self._draws(sample, inner_epoch)
-        log_prob, kl_base = self._log_prob(sample, step, self.config.train.kl_weight > 0)
-        return Transitions(log_prob, self.old_log_probs[sample, step], kl_base)
-
-    def _log_prob(self, sample, step, with_kl_base=False):
-        eta = self.config.sample.eta
-        x_t, x_prev, t = self.latents[sample, step], self.latents[sample, step + 1], self.timesteps[step]
-        arguments = x_t, t, self.prompt_embeds[sample], self.negative_embeds, self.guidance_scale
-        output = predict_noise(self.policy, *arguments)
-        mean, std = self.policy.step_mean_std(output, t, x_t, eta)
-        log_prob, kl_base = gaussian_log_prob(x_prev, mean, std) * self.log_prob_scale[step], None
-        if with_kl_base:
+        mean, std = self._mean_std(sample, step)
+        kl_old, kl_base = gaussian_kl(mean, self.old_means[sample, step], std), None
+        if self.config.train.kl_weight:
             with torch.no_grad(), self.policy.base():
-                base_output = predict_noise(self.policy, *arguments)
-            base_mean, _ = self.policy.step_mean_std(base_output, t, x_t, eta)
-            kl_base = gaussian_kl(self.policy.step_mean_std(output, t, x_t, eta)[0], base_mean, std)
-        return log_prob, kl_base
+                base_mean, _ = self._mean_std(sample, step)
+            kl_base = gaussian_kl(mean, base_mean, std)
+        log_prob, old_log_prob = self._log_prob(sample, step, mean, std), self.old_log_probs[sample, step]
+        scale = self.log_prob_scale[step]
+        return Transitions(log_prob * scale, old_log_prob * scale, kl_old, kl_base)
+
+    def _mean_std(self, sample, step):
+        """Mean (B, C, H, W) and std (B, 1, 1, 1) of the policy's steps from x_t, under its weights as they are."""
+        x_t, t = self.latents[sample, step], self.timesteps[step]
+        output = predict_noise(
+            self.policy, x_t, t, self.prompt_embeds[sample], self.negative_embeds, self.guidance_scale
+        )
+        return self.policy.step_mean_std(output, t, x_t, self.config.sample.eta)
+
+    def _log_prob(self, sample, step, mean, std):
+        """Of the x_{t-1} that were sampled; (B,)."""
+        return gaussian_log_prob(self.latents[sample, step + 1], mean, std)
 
     def _draws(self, sample, inner_epoch):
         keys = [(self.config.seed, self.epoch, inner_epoch, self.indices[i]) for i in sample.tolist()]
@@ -79,11 +85,13 @@ class Rollout:
 
     @torch.no_grad()
     def rescore(self, plan):
-        """Computes old log-probs anew, in the batches of training. plan: of `plan_updates`. The last pass comes first,
-        so that a transition that several passes see has the value that the first will find."""
+        """Computes the old means and log-probs anew, in the batches of training. plan: of `plan_updates`. The last pass
+        comes first, so that a transition that several passes see has the value that the first will find."""
         for minibatches in reversed(plan):
             for sample, step in minibatches:
-                self.old_log_probs[sample, step] = self._log_prob(sample, step)[0]
+                mean, std = self._mean_std(sample, step)
+                self.old_means[sample, step] = mean
+                self.old_log_probs[sample, step] = self._log_prob(sample, step, mean, std)
 
     def describe(self, sample, step):
         """Names a single transition in an error message."""

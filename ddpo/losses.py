@@ -68,16 +68,30 @@ def ddpo_is(terms, advantages, options):
     return torch.maximum(-advantages * ratio, -advantages * clipped), policy_shift(terms, options)
 
 
-def ddpo_smooth(terms, advantages, options):
-    """DDPO-IS with a quadratic penalty in place of the clip: the loss is a parabola whose least is at a ratio of
-    1 +- clip_range, so that a step that overshot is drawn back instead of left alone. The form is SPO's
-    (arXiv 2401.16025); DRPO (arXiv 2606.09821) does so for language models, on the shift of a token's probability.
+def ddpo_mask(terms, advantages, options):
+    """DDPO with a mask in place of the clip (Flow-DPPO, arXiv 2606.11025): a step's term is dropped where its exact
+    divergence D = `kl_old` has reached `kl_range` and the update would carry it further.
 
-    loss = -A * ratio + |A| * (ratio - 1)^2 / (2 * clip_range)
+    loss = -A * ratio, or 0 where D >= kl_range and A * (ratio - 1) > 0
+
+    Deviation: theirs is a flow-matching policy; a DDIM step is a Gaussian of known mean and std as well.
     """
     ratio = torch.exp(terms.log_prob - terms.old_log_prob)
-    penalty = advantages.abs() * (ratio - 1) ** 2 / (2 * options.clip_range)
-    return -advantages * ratio + penalty, policy_shift(terms, options)
+    dropped = (terms.kl_old >= options.kl_range) & (advantages * (ratio - 1) > 0)
+    info = policy_shift(terms, options) | {"clip_fraction": dropped.float()}
+    return torch.where(dropped, 0.0, -advantages * ratio), info
+
+
+def ddpo_smooth(terms, advantages, options):
+    """DDPO with a penalty in place of the clip: DRPO (arXiv 2606.09821), restated for Gaussian steps with the exact
+    divergence D = `kl_old`. A step that has gone too far is drawn back, where the clip and the mask leave it alone.
+
+    loss = -A * ratio + (|A| / kl_range) * D
+
+    Deviation: DRPO penalises (ratio - 1)^2, weighed by a token's probability, for which a density has no counterpart.
+    """
+    ratio = torch.exp(terms.log_prob - terms.old_log_prob)
+    return -advantages * ratio + advantages.abs() / options.kl_range * terms.kl_old, policy_shift(terms, options)
 
 
 def ddpo_sf(terms, advantages, options):
@@ -98,11 +112,11 @@ def rwr(terms, weights, options):
     return weights * terms.error, {}
 
 
-@torch.no_grad()
 def policy_shift(terms, options):
-    """How far the policy has moved from the one that sampled, by the steps that were taken."""
-    log_ratio = terms.log_prob - terms.old_log_prob
+    """How far the policy has moved from the one that sampled: exactly, and as the steps that were taken tell."""
+    log_ratio = (terms.log_prob - terms.old_log_prob).detach()
     return {
+        "kl_old": terms.kl_old.detach(),
         "approx_kl": 0.5 * log_ratio**2,
         "clip_fraction": (torch.expm1(log_ratio).abs() > options.clip_range).float(),
     }
@@ -117,6 +131,7 @@ class Algorithm(NamedTuple):
 ALGORITHMS = {
     "ddpo_is": Algorithm(clipped_advantage, ddpo_is, "reverse"),
     "ddpo_sf": Algorithm(clipped_advantage, ddpo_sf, "reverse"),
+    "ddpo_mask": Algorithm(clipped_advantage, ddpo_mask, "reverse"),
     "ddpo_smooth": Algorithm(clipped_advantage, ddpo_smooth, "reverse"),
     "rwr": Algorithm(softmax_weight, rwr, "forward"),
     "rwr_sparse": Algorithm(percentile_weight, rwr, "forward"),

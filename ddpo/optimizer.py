@@ -58,13 +58,17 @@ class Optimizer:
             group["lr"] = group["peak_lr"] * min(1, (updates_done + 1) / max(1, self.options.warmup_updates))
         self.scaler.step(self.adam)
         self.scaler.update()
+        self.discard()
+
+    def discard(self):
+        """Forgets the gradient of an update that is not to be made."""
         self.adam.zero_grad()
         self.loss = 0.0
 
-    def mean_grad_norm(self):
-        """The mean norm, before clipping, of the updates since it was last asked for."""
+    def summary(self):
+        """Of the updates since this was last asked for: their number, and the mean norm before clipping."""
         norms, self.grad_norms = self.grad_norms, []
-        return sum(norms) / len(norms) if norms else 0.0
+        return {"updates": len(norms), "grad_norm": sum(norms) / max(1, len(norms))}
 
     def state_dict(self):
         return {"optimizer": self.adam.state_dict(), "scaler": self.scaler.state_dict()}

@@ -73,7 +73,8 @@ def check(config, processes=1):
             raise InputError(f"{name} = {value} must be at least {lowest}")
     for name, value, highest in (
         ("train.inverse_temperature", train.inverse_temperature, math.inf),
-        ("train.kl_weight", train.kl_weight, math.inf), ("train.keep_percentile", train.keep_percentile, 100),
+        ("train.kl_weight", train.kl_weight, math.inf), ("train.target_kl", train.target_kl, math.inf),
+        ("train.keep_percentile", train.keep_percentile, 100),
         ("train.prompt_dropout", train.prompt_dropout, 1), ("train.ema_decay", train.ema_decay, 1),
         ("train.adam_weight_decay", train.adam_weight_decay, math.inf),
         ("train.adam_epsilon", train.adam_epsilon, math.inf),
@@ -87,15 +88,14 @@ def check(config, processes=1):
             f"ddpo_sf makes one update a round, not {updates}: its gradient holds only at the weights that sampled. "
             "Use train.updates_per_epoch=1 and train.inner_epochs=1, or ddpo_is"
         )
-    if config.algorithm in ("rwr", "rwr_sparse") and train.kl_weight:
-        raise InputError(
-            f"train.kl_weight = {train.kl_weight}: {config.algorithm} scores no steps that could be compared"
-        )
+    for name in ("kl_weight", "target_kl"):
+        if config.algorithm in ("rwr", "rwr_sparse") and train[name]:
+            raise InputError(f"train.{name} = {train[name]}: {config.algorithm} scores no steps that could be compared")
     if config.advantage in ("per_group", "leave_one_out") and sample.images_per_prompt == 1:
         raise InputError(
             f"advantage {config.advantage} compares images of one prompt: set sample.images_per_prompt to 2 or more"
         )
-    for name in ("learning_rate", "clip_range", "advantage_clip", "max_grad_norm", "timestep_fraction"):
+    for name in ("learning_rate", "clip_range", "kl_range", "advantage_clip", "max_grad_norm", "timestep_fraction"):
         if not train[name] > 0:
             raise InputError(f"train.{name} = {train[name]} must be greater than 0")
     for name in ("adam_beta1", "adam_beta2"):

@@ -15,10 +15,12 @@ from ddpo.seeds import torch_generator
 
 
 class Trajectories(NamedTuple):
-    """What B prompts became in T steps. `latents[:, 0]` is pure noise, `latents[:, T]` the picture's latent."""
+    """What B prompts became in T steps, on the policy's device. `latents[:, 0]` is pure noise, `latents[:, -1]` the
+    picture's latent; without `keep_steps` the latter is all there is, and there are no means and log-probs."""
 
     images: list  # B PIL images, or none if `on_images` was given them
-    latents: torch.Tensor  # (B, T + 1, C, H, W) float32, on the policy's device
+    latents: torch.Tensor  # (B, T + 1, C, H, W) float32, or (B, 1, C, H, W)
+    means: torch.Tensor  # (B, T, C, H, W) float32: of the Gaussian that latents[:, t + 1] was drawn from
     log_probs: torch.Tensor  # (B, T) float32: log p(latents[:, t + 1] | latents[:, t]), mean over dimensions
     timesteps: torch.Tensor  # (T,) the scheduler's timesteps, falling
 
@@ -51,9 +53,18 @@ def predict_noise(policy, latents, timesteps, prompt_embeds, negative_embeds, gu
 
 @torch.no_grad()
 def sample_with_logprob(
-    policy, prompts, noise, guidance_scale, eta, batch_size=0, progress=None, stop=None, on_images=None
+    policy,
+    prompts,
+    noise,
+    guidance_scale,
+    eta,
+    batch_size=0,
+    keep_steps=False,
+    progress=None,
+    stop=None,
+    on_images=None,
 ):
-    """Samples one picture per prompt and records its trajectory.
+    """Samples one picture per prompt and, with `keep_steps`, records its trajectory.
 
     Args:
         policy: a `ddpo.policy.Policy`, its scheduler set to T timesteps.
@@ -73,35 +84,38 @@ def sample_with_logprob(
     timesteps = scheduler.timesteps.to(policy.device)
     initial_scale = float(scheduler.init_noise_sigma)
     batch_size = batch_size or count
-    images, trajectories, all_log_probs = [], None, []
+    images, latents = [], None
     bar = tqdm(total=count * len(timesteps), desc=progress, unit="step", leave=False, disable=progress is None)
     for start in range(0, count, batch_size):
         if stop is not None and stop():
             bar.close()
             return None
         batch = range(start, min(start + batch_size, count))
-        prompt_embeds = policy.embed([prompts[i] for i in batch])
-        negative_embeds = policy.embed([""])
+        rows = slice(batch.start, batch.stop)
+        prompt_embeds, negative_embeds = policy.embed(prompts[rows]), policy.embed([""])
         batch_noise = torch.stack([noise(i) for i in batch]).to(policy.device)  # (b, T + 1, C, H, W)
-        if trajectories is None:  # in one piece from the start: at Stable Diffusion's size they are most of a gigabyte
-            trajectories = torch.empty((count, *batch_noise.shape[1:]), device=policy.device)
-        latents = trajectories[start : start + len(batch)]
-        latents[:, 0] = x_t = batch_noise[:, 0] * initial_scale
-        log_probs = []
+        if latents is None:  # in one piece from the start: of 256 images of Stable Diffusion they are 0.9 GB
+            shape, kept = batch_noise.shape[2:], len(timesteps) if keep_steps else 0
+            latents = torch.empty(count, kept + 1, *shape, device=policy.device)
+            means = torch.empty(count, kept, *shape, device=policy.device)
+            log_probs = torch.empty(count, kept, device=policy.device)
+        latents[rows, 0] = x_t = batch_noise[:, 0] * initial_scale
         for step, t in enumerate(timesteps):
             t = t.expand(len(batch))
             output = predict_noise(policy, x_t, t, prompt_embeds, negative_embeds, guidance_scale)
             mean, std = policy.step_mean_std(output, t, x_t, eta)
-            latents[:, step + 1] = x_t = mean + std * batch_noise[:, step + 1]
-            log_probs.append(gaussian_log_prob(x_t, mean, std))
+            x_t = mean + std * batch_noise[:, step + 1]
+            if keep_steps:
+                latents[rows, step + 1], means[rows, step] = x_t, mean
+                log_probs[rows, step] = gaussian_log_prob(x_t, mean, std)
             bar.update(len(batch))
+        latents[rows, -1] = x_t
         if on_images is None:
             images += decode(policy, x_t)
         else:
             on_images(start, decode(policy, x_t))
-        all_log_probs.append(torch.stack(log_probs, dim=1))
     bar.close()
-    return Trajectories(images, trajectories, torch.cat(all_log_probs), timesteps)
+    return Trajectories(images, latents, means, log_probs, timesteps)
 
 
 def decode(policy, latents):

@@ -149,7 +149,7 @@ class Run:
         }
         if self.is_main:
             log_metrics(self.accelerator, self.folder, metrics)
-            shown = ("reward_mean", "reward_std", "approx_kl", "clip_fraction", "ratio_error", "grad_norm", "seconds")
+            shown = ("reward_mean", "reward_std", "kl_old", "clip_fraction", "ratio_error", "grad_norm", "seconds")
             tqdm.write(f"epoch {epoch:3d}  " + "  ".join(f"{k} {metrics[k]:.4g}" for k in shown if k in metrics))
             if metrics["ratio_error"] > config.train.clip_range:
                 tqdm.write(RATIO_WARNING.format(metrics["ratio_error"], config.train.clip_range))

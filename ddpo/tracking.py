@@ -77,7 +77,7 @@ class Means:
     to them does not wait for it."""
 
     def __init__(self):
-        self._sums, self._highest = {}, {}
+        self._sums, self._highest, self._seen = {}, {}, {}
 
     def add(self, **values):
         """Adds tensors (B,), to be averaged."""
@@ -88,6 +88,12 @@ class Means:
         """Takes tensors (B,) whose highest value is wanted."""
         for key, value in values.items():
             self._highest[key] = torch.maximum(self._highest.get(key, value.new_zeros(())), value.max())
+
+    def latest(self, key, count, accelerator):
+        """Mean, over all processes, of the `count` values that were added since this was last asked for."""
+        total = accelerator.reduce(self._sums[key], "sum")
+        latest, self._seen[key] = total - self._seen.get(key, 0), total
+        return float(latest) / count
 
     def over(self, count, accelerator):
         """{name: sum over all processes / count, or highest value of any}."""

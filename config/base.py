@@ -70,9 +70,7 @@ def get_config():
     train.adam_weight_decay = 1e-4
     train.adam_epsilon = 1e-8
     train.max_grad_norm = 1.0
-    train.clip_range = (
-        1e-4  # ddpo_is: of a step's importance ratio; tied to the latent's size, see docs
-    )
+    train.clip_range = 1e-4  # ddpo_is: of a step's importance ratio; tied to the latent's size, see docs
     train.kl_range = 1e-3  # ddpo_mask, ddpo_smooth: limit, or scale, of a step's divergence from the old policy
     train.target_kl = 0.0  # ends an epoch's updates once their mean kl_old exceeds this; 0: never
     train.inverse_temperature = 5.0  # rwr: a sample weighs exp(this * reward)

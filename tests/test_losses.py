@@ -15,14 +15,19 @@ from torch.distributions import Normal
 from ddpo import losses
 from ddpo.batches import TIMESTEPS, window_of_steps
 from ddpo.likelihood import Draws, Transitions
-from ddpo.losses import ALGORITHMS, ddpo_is, ddpo_sf, ddpo_smooth
+from ddpo.losses import ALGORITHMS, ddpo_is, ddpo_mask, ddpo_sf, ddpo_smooth
 from ddpo.stat_tracking import leave_one_out, per_group
 
 CONFIG = SimpleNamespace(
-    clip_range=1e-2, advantage_clip=1e9, inverse_temperature=0.7, keep_percentile=90.0, weight_per_prompt=False
+    clip_range=1e-2,
+    kl_range=0.5,
+    advantage_clip=1e9,
+    inverse_temperature=0.7,
+    keep_percentile=90.0,
+    weight_per_prompt=False,
 )
 THETA, S, A, B = 0.4, 0.8, 1.5, 1.3
-NO_CLIP = SimpleNamespace(clip_range=1e9)
+NO_CLIP = SimpleNamespace(clip_range=1e9, kl_range=1e9)
 
 
 def draw(count, theta=THETA):
@@ -34,7 +39,8 @@ def gradients(x, theta, algorithm, weight, old_theta=None, config=CONFIG):
     theta = torch.full((len(x),), theta, dtype=torch.float64, requires_grad=True)
     old_theta = theta.detach() if old_theta is None else torch.tensor(old_theta, dtype=torch.float64)
     log_prob, old = Normal(theta, S).log_prob(x), Normal(old_theta, S).log_prob(x)
-    terms = Draws(-log_prob) if algorithm is losses.rwr else Transitions(log_prob, old)
+    kl_old = (theta - old_theta) ** 2 / (2 * S**2)
+    terms = Draws(-log_prob) if algorithm is losses.rwr else Transitions(log_prob, old, kl_old)
     loss, _ = algorithm(terms, torch.as_tensor(weight), config)
     return -torch.autograd.grad(loss.sum(), theta)[0]
 
@@ -54,7 +60,7 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("name", ["ddpo_is", "ddpo_sf", "ddpo_smooth"])
+@pytest.mark.parametrize("name", ["ddpo_is", "ddpo_mask", "ddpo_smooth", "ddpo_sf"])
 def test_policy_gradient_has_its_closed_form(name):
     x = draw(200_000)
     weight = weigh(name, -((x - A) ** 2))
@@ -68,6 +74,7 @@ def test_importance_ratio_corrects_for_older_samples():
     x = draw(400_000, older)
     reward = -((x - A) ** 2)
     assert_mean(gradients(x, THETA, ddpo_is, reward, older, NO_CLIP), -2 * (THETA - A))
+    assert_mean(gradients(x, THETA, ddpo_mask, reward, older, NO_CLIP), -2 * (THETA - A))
     wrong = gradients(x, THETA, ddpo_sf, reward, older)
     assert abs(wrong.mean() + 2 * (THETA - A)) > 20 * wrong.std() / len(x) ** 0.5
 
@@ -119,18 +126,20 @@ def test_weights_within_a_prompt(monkeypatch):
             np.testing.assert_allclose(together[i::2], weigh(name, rewards[i::2]), rtol=1e-9)
 
 
-def gaussian_log_prob(theta, x):
-    return (-((x - theta) ** 2) / 2).mean(dim=1)
+def transitions(theta, old_theta, x):
+    """The terms of B samples x (B, d) of N(old_theta, I), means over the d dimensions."""
+    log_prob, old_log_prob = (-((x - t) ** 2 / 2).mean(dim=1) for t in (theta, old_theta))
+    kl_old = ((theta - old_theta) ** 2 / 2).mean().expand(len(x))
+    return Transitions(log_prob, old_log_prob.detach(), kl_old)
 
 
-@pytest.mark.parametrize("algorithm", [ddpo_is, ddpo_smooth, ddpo_sf])
+@pytest.mark.parametrize("algorithm", [ddpo_is, ddpo_mask, ddpo_smooth, ddpo_sf])
 def test_gradient_before_any_update_is_the_policy_gradient(algorithm):
     """At the old policy grad loss = -E[A grad log p], which for unit Gaussians is -A (x - theta): so all three agree,
     sample by sample."""
     theta = torch.randn(8, requires_grad=True)
     x, advantage = torch.randn(5, 8), torch.randn(5)
-    log_prob = gaussian_log_prob(theta, x)
-    loss, info = algorithm(Transitions(log_prob, log_prob.detach()), advantage, CONFIG)
+    loss, info = algorithm(transitions(theta, theta.detach(), x), advantage, CONFIG)
     (gradient,) = torch.autograd.grad(loss.mean(), theta)
     expected = -(advantage[:, None] * (x - theta) / 8).mean(dim=0)
     torch.testing.assert_close(gradient, expected.detach())
@@ -140,7 +149,7 @@ def test_gradient_before_any_update_is_the_policy_gradient(algorithm):
 def test_clipping_stops_the_gradient_only_where_it_would_overshoot():
     shift = torch.tensor([0.02, 0.02, -0.02, -0.02, 0.005, -0.005], requires_grad=True)  # log ratio
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
-    loss, info = ddpo_is(Transitions(shift, torch.zeros(6)), advantage, CONFIG)
+    loss, info = ddpo_is(Transitions(shift, torch.zeros(6), torch.zeros(6)), advantage, CONFIG)
     (gradient,) = torch.autograd.grad(loss.sum(), shift)
     # Further up with a positive advantage, or down with a negative one, beyond the range: no gradient.
     assert (gradient != 0).tolist() == [False, True, True, False, True, True]
@@ -149,16 +158,64 @@ def test_clipping_stops_the_gradient_only_where_it_would_overshoot():
     torch.testing.assert_close(gradient[moving], (-advantage * shift.exp())[moving].detach())
 
 
-@pytest.mark.parametrize("advantage", [2.0, -0.5])
-def test_the_smooth_penalty_draws_back_what_overshot(advantage):
-    """The loss falls up to a ratio of 1 + sign(A) clip_range, where the clip begins, and rises beyond it."""
-    edge = 1 + np.sign(advantage) * CONFIG.clip_range
-    for offset, falls in ((-0.5 * CONFIG.clip_range, True), (0.0, None), (0.5 * CONFIG.clip_range, False)):
-        ratio = edge + np.sign(advantage) * offset
-        shift = torch.tensor([np.log(ratio)], requires_grad=True)
-        loss, _ = ddpo_smooth(Transitions(shift, torch.zeros(1)), torch.tensor([advantage]), CONFIG)
-        slope = float(torch.autograd.grad(loss.sum(), shift)[0]) * np.sign(advantage)  # along A
-        assert abs(slope) < 1e-9 if falls is None else (slope < 0) == falls
+def test_the_penalty_has_its_closed_form():
+    """Samples of N(theta', s^2), gradient at theta: that of J, less E|A| / kl_range * (theta - theta') / s^2."""
+    older = THETA - 0.2
+    x = draw(400_000, older)
+    reward = -((x - A) ** 2)
+    pull = float(reward.abs().mean()) / CONFIG.kl_range * (THETA - older) / S**2
+    assert_mean(gradients(x, THETA, ddpo_smooth, reward, older), -2 * (THETA - A) - pull)
+
+
+def climb(algorithm, options, steps=400):
+    """D after each of many updates on the same samples of a Gaussian policy in 8 dimensions."""
+    theta, x = torch.zeros(8, requires_grad=True), torch.randn(64, 8)
+    advantage = x[:, 0] - x[:, 0].mean()
+    divergences = []
+    for _ in range(steps):
+        loss, info = algorithm(transitions(theta, torch.zeros(8), x), advantage, options)
+        (gradient,) = torch.autograd.grad(loss.mean(), theta)
+        with torch.no_grad():
+            theta -= 0.05 * gradient
+        divergences.append(float(info["kl_old"].mean()))
+    return divergences
+
+
+def test_mask_and_penalty_bound_the_divergence():
+    """Many updates on the same samples: without a bound D runs away; the mask holds it near
+    `kl_range`; the penalty holds it where the two gradients
+    balance, which for a small range is in proportion to its square."""
+    free = climb(ddpo_mask, NO_CLIP)
+    options = [SimpleNamespace(clip_range=1e-2, kl_range=limit) for limit in (3e-2, 1e-2)]
+    assert free[-1] > 0.01
+    for masked in options:
+        assert 0.9 * masked.kl_range < max(climb(ddpo_mask, masked)) < 1.5 * masked.kl_range
+    wide, narrow = (climb(ddpo_smooth, o) for o in options)
+    assert wide[-1] < 0.1 * free[-1] and wide[-1] / narrow[-1] == pytest.approx(9, rel=0.05)
+    assert wide[-1] == pytest.approx(wide[-50], rel=0.01)  # it has come to rest
+
+
+def test_the_mask_drops_only_what_would_go_further():
+    """Terms beyond the limit, in the direction of their advantage; the others have the policy gradient."""
+    log_ratio = torch.tensor([0.1, 0.1, -0.1, -0.1, 0.1, -0.1], requires_grad=True)
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
+    kl_old = torch.tensor([0.6, 0.6, 0.6, 0.6, 0.4, 0.4])
+    loss, info = ddpo_mask(Transitions(log_ratio, torch.zeros(6), kl_old), advantage, CONFIG)
+    (gradient,) = torch.autograd.grad(loss.sum(), log_ratio)
+    assert (gradient != 0).tolist() == [False, True, True, False, True, True]
+    assert info["clip_fraction"].tolist() == [1, 0, 0, 1, 0, 0]
+    kept = gradient != 0
+    torch.testing.assert_close(gradient[kept], (-advantage * log_ratio.exp())[kept].detach())
+
+
+def test_approx_kl_is_what_the_exact_divergence_makes_it():
+    """In d dimensions the mean log-ratio has mean -D and variance 2 D / d, so approx_kl is D / d + D^2 / 2."""
+    theta, x = torch.full((64,), 0.2), torch.randn(100_000, 64)
+    _, info = ddpo_is(transitions(theta, torch.zeros(64), x), torch.ones(len(x)), CONFIG)
+    divergence = float(info["kl_old"].mean())
+    assert divergence == pytest.approx(0.02)
+    error = float(info["approx_kl"].std()) / len(x) ** 0.5
+    assert abs(float(info["approx_kl"].mean()) - (divergence / 64 + divergence**2 / 2)) < 4 * error
 
 
 def test_timestep_choices():

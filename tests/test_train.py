@@ -189,6 +189,16 @@ def test_warm_up(tiny, tmp_path):
     assert any(not torch.equal(first[key], value) for key, value in ours.items())
 
 
+def test_target_kl_ends_an_epochs_updates(tiny, tmp_path):
+    """The first update begins at the policy that sampled, so it is always made; the second finds a divergence."""
+    options = {"model": tiny, "direct": True, "train__learning_rate": 1e-3, "train__updates_per_epoch": 4}
+    for target, updates in ((1e-12, 1), (1e6, 4)):
+        run = tmp_path / str(updates)
+        launch(run_dir=run, train__target_kl=target, **options)
+        assert [line["updates"] for line in metrics(run)] == [updates] * 2
+        assert all(line["kl_old"] > 0 and line["ratio_error"] == 0 for line in metrics(run))
+
+
 def test_sample_and_plot_and_evaluate(tiny, tmp_path):
     """The commands that README gives for a finished run."""
     reference = tmp_path / "run"

@@ -48,7 +48,7 @@ def train(config, preset):
     evaluate = load_evaluation(config, policy, reward, prompt_set, held_out)  # on fixed prompts and noise
     policy.prepare_training(config.train)
     optimizer = Optimizer(policy.trainable_parameters(), config, run.accelerator)
-    tracker = PerPromptStatTracker(config.stats.buffer_size, config.stats.min_count, config.stats.max_age)
+    tracker = PerPromptStatTracker(**config.stats)
 
     # This process's samples of an epoch: (updates, samples of an update).
     indices = own_samples(config.sample.images_per_epoch, config.train.updates_per_epoch, run.rank, run.processes)

@@ -13,7 +13,7 @@ def get_config():
     config.run_dir = ""  # the run's own folder; empty: runs/PRESET-TIME
     config.resume = ""  # a run's folder, to go on from its newest checkpoint
     config.seed = 0  # (seed, epoch, sample) determines each prompt and all noise
-    config.num_epochs = 100  # rounds of sampling and updating
+    config.num_epochs = 100  # of sampling and updating
     config.tracker = ""  # "wandb" or "tensorboard", beside metrics.jsonl
     config.save_every = 10  # epochs between checkpoints; the last epoch is always saved
     config.keep_checkpoints = 2  # older ones are removed; 0 keeps all
@@ -27,14 +27,14 @@ def get_config():
     config.precision = "fp32"  # of the network: fp32, tf32, bf16, fp16. Trained weights are float32 in all
     config.compile = False  # (memory) torch.compile of the UNet: minutes at the start; refused if its gradient is wrong
     config.algorithm = "ddpo_is"  # of ddpo/losses.py: ddpo_is, ddpo_mask, ddpo_smooth, ddpo_sf, rwr, rwr_sparse
-    config.advantage = "per_prompt"  # of ddpo/stat_tracking.py: per_prompt, per_group, leave_one_out, whole_round
+    config.advantage = "per_prompt"  # of ddpo/stat_tracking.py: per_prompt, per_group, leave_one_out, whole_epoch
     config.reward = "jpeg_compressibility"  # of ddpo/rewards.py: NAME, NAME:MODEL, or "pickscore + 0.1*hpsv2"
     config.reward_timeout = 0.0  # seconds that scoring sample.batch_size pictures may take; 0: no limit
     config.prompts = "imagenet_animals"  # a function of ddpo/prompts.py, or a text file with one prompt a line
     config.held_out = 0.0  # share of the prompts that is kept from training, to be evaluated on
 
     config.sample = sample = ConfigDict()
-    sample.images_per_epoch = 256  # reward queries a round, over all processes
+    sample.images_per_epoch = 256  # reward queries an epoch, over all processes
     sample.images_per_prompt = 1  # consecutive samples that share a prompt
     sample.batch_size = 8  # (memory) images per forward pass and process; 0: what fits, equal to train.batch_size
     sample.num_steps = 50  # T, denoising steps
@@ -55,12 +55,13 @@ def get_config():
 
     config.stats = stats = ConfigDict()  # of the advantage per_prompt, see ddpo/stat_tracking.py
     stats.buffer_size = 32  # rewards kept per prompt
-    stats.min_count = 16  # below that many, a prompt is normalised by the whole round
-    stats.max_age = 10  # rounds after which a kept reward is forgotten; 0: never (the paper)
+    stats.min_count = 16  # below that many, a prompt is normalised by the whole epoch
+    stats.shrinkage = 0.0  # instead of min_count: rewards of the whole epoch that count as a prompt's own; 0: off
+    stats.max_age = 10  # epochs after which a kept reward is forgotten; 0: never (the paper)
 
     config.train = train = ConfigDict()
-    train.updates_per_epoch = 4  # optimizer steps per pass over the round's samples
-    train.inner_epochs = 1  # passes over the round's samples
+    train.updates_per_epoch = 4  # optimizer steps per pass over the epoch's samples
+    train.inner_epochs = 1  # passes over the epoch's samples
     train.batch_size = 8  # (memory) transitions (x_t, t, x_t-1) per forward and backward pass and process; 0: see above
     train.gradient_checkpointing = False  # (memory) recompute activations in the backward pass: slower, far smaller
     train.learning_rate = 3e-4
@@ -75,7 +76,7 @@ def get_config():
     train.target_kl = 0.0  # ends an epoch's updates once their mean kl_old exceeds this; 0: never
     train.inverse_temperature = 5.0  # rwr: a sample weighs exp(this * reward)
     train.keep_percentile = 90.0  # rwr_sparse: of the rewards, above which a sample is kept
-    train.weight_per_prompt = False  # rwr, rwr_sparse: compare a sample with those of its prompt, not with its round
+    train.weight_per_prompt = False  # rwr, rwr_sparse: compare a sample with those of its prompt, not of the epoch
     train.prompt_dropout = 0.1  # rwr, rwr_sparse: share of samples trained without prompt, as the base model was
     train.advantage_clip = 5.0  # advantages are clipped to +-this
     train.timestep_fraction = 1.0  # share of the T steps that are trained on

@@ -32,7 +32,7 @@ ABLATIONS = {  # panel -> what the default is called, and the options of each ot
     "advantage": ("per_prompt", {
         "per_group": {"advantage": "per_group", **GROUPS},
         "leave_one_out": {"advantage": "leave_one_out", **GROUPS},
-        "whole_round": {"advantage": "whole_round"},
+        "whole_epoch": {"advantage": "whole_epoch"},
     }),
     "timestep_fraction": ("1", {"0.2": {"train.timestep_fraction": 0.2}}),
     "kl_weight": ("0", {"10": {"train.kl_weight": 10.0}}),

@@ -60,7 +60,7 @@ def fit_batch_sizes(policy, config, updates, share, keep_steps):
     else:
         raise InputError(
             "out of memory with one image: --config.train.gradient_checkpointing=True, --config.precision=bf16, a LoRA "
-            "(--config.lora_rank=4), smaller pictures (--config.sample.height, width) and a smaller round "
+            "(--config.lora_rank=4), smaller pictures (--config.sample.height, width) and fewer images "
             "(--config.sample.images_per_epoch) need less"
         )
     if policy.device.type == "cuda":  # the trials are not the run's

@@ -23,7 +23,7 @@ class Interrupt:
             self.signal, self._when = signal.Signals(number), time.monotonic()
             if os.environ.get("RANK", "0") == "0":
                 # os.write: a signal may arrive in the middle of a print
-                os.write(2, b"\nstopping: the updates of a round are finished first, then the run is saved. "
+                os.write(2, b"\nstopping: the updates of this epoch are finished first, then the run is saved. "
                          b"Once more to stop at once\n")  # fmt: skip
         elif time.monotonic() - self._when > 1:  # a launcher passes on what the terminal has sent already
             os._exit(128 + number)

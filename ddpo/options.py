@@ -72,6 +72,7 @@ def check(config, processes=1):
         if value < lowest:
             raise InputError(f"{name} = {value} must be at least {lowest}")
     for name, value, highest in (
+        ("stats.shrinkage", config.stats.shrinkage, math.inf),
         ("train.inverse_temperature", train.inverse_temperature, math.inf),
         ("train.kl_weight", train.kl_weight, math.inf), ("train.target_kl", train.target_kl, math.inf),
         ("train.keep_percentile", train.keep_percentile, 100),
@@ -85,7 +86,7 @@ def check(config, processes=1):
     updates = train.updates_per_epoch * train.inner_epochs
     if config.algorithm == "ddpo_sf" and updates > 1:
         raise InputError(
-            f"ddpo_sf makes one update a round, not {updates}: its gradient holds only at the weights that sampled. "
+            f"ddpo_sf makes one update an epoch, not {updates}: its gradient holds only at the weights that sampled. "
             "Use train.updates_per_epoch=1 and train.inner_epochs=1, or ddpo_is"
         )
     for name in ("kl_weight", "target_kl"):

@@ -13,7 +13,7 @@ MISTAKES = {
     "wrong type": ({"train__learning_rate": "fast"}, ["train.learning_rate=fast", "could not convert"]),
     "does not divide": ({"sample__images_per_epoch": 9}, ["= 9", "train.updates_per_epoch = 2", "use 8 or 10"]),
     "groups do not divide": ({"sample__images_per_prompt": 3}, ["sample.images_per_prompt = 3", "use 6 or 12"]),
-    "updates for ddpo_sf": ({"algorithm": "ddpo_sf"}, ["ddpo_sf makes one update a round, not 2", "=1"]),
+    "updates for ddpo_sf": ({"algorithm": "ddpo_sf"}, ["ddpo_sf makes one update an epoch, not 2", "=1"]),
     "a group of one": ({"advantage": "per_group"}, ["advantage per_group", "sample.images_per_prompt to 2"]),
     "unknown advantage": ({"advantage": "per_grup"}, ["unknown advantage 'per_grup'", "Did you mean per_group?"]),
     "unknown timesteps": ({"train__timestep_choice": "last"}, ["unknown timestep choice 'last'", "window"]),

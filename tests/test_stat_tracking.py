@@ -36,6 +36,35 @@ def test_constant_rewards_give_zero_not_nan():
     assert np.array_equal(PerPromptStatTracker(32, 2).update(["a"] * 4, np.full(4, 7.0)), np.zeros(4))
 
 
+def test_shrinkage_is_the_statistics_of_as_many_more_rewards():
+    """Of the prompt's rewards, each counted s times over, and the epoch's, counted so that they make up the share."""
+    rng = np.random.default_rng(0)
+    prompts, rewards = ["a"] * 3 + ["b"] * 9, rng.normal(size=12) + np.repeat([5, 0], [3, 9])
+    advantages = PerPromptStatTracker(32, 16, shrinkage=4.0).update(prompts, rewards)
+    own, share = rewards[:3], 3 / 7
+    mean = share * np.mean(own) + (1 - share) * np.mean(rewards)
+    variance = share * np.var(own) + (1 - share) * np.var(rewards)
+    np.testing.assert_allclose(advantages[:3], (own - mean) / (np.sqrt(variance) + 1e-6))
+
+
+def test_shrinkage_lowers_the_variance_where_prompts_differ():
+    """Rewards b + w, b of the prompt and w of the sample: the mean squared error of the baseline is lowest near
+    shrinkage = var(w) / var(b), and below that of the prompt's own mean and of the epoch's."""
+    rng = np.random.default_rng(0)
+    prompts = [f"{i}" for i in range(400) for _ in range(3)]
+    effects = np.repeat(rng.normal(scale=0.5, size=400), 3)
+    rewards = effects + rng.normal(size=1200)
+    errors = {}
+    for shrinkage in (1e-6, 1.0, 4.0, 16.0, 1e6):
+        tracker = PerPromptStatTracker(32, 16, shrinkage=shrinkage)
+        ratio = tracker.update(prompts, rewards).reshape(400, 3)
+        # Two samples of a prompt have one baseline and one std, which their advantages reveal.
+        r = rewards.reshape(400, 3)
+        std = (r[:, 0] - r[:, 1]) / (ratio[:, 0] - ratio[:, 1])
+        errors[shrinkage] = np.mean((r[:, 0] - std * ratio[:, 0] - effects[::3]) ** 2)
+    assert min(errors, key=errors.get) == 4.0
+
+
 def test_state_restores_exactly():
     rng = np.random.default_rng(0)
     one = PerPromptStatTracker(8, 2, max_age=2)
@@ -49,9 +78,9 @@ def test_state_restores_exactly():
 def test_advantages_of_groups_sum_to_zero():
     rng = np.random.default_rng(0)
     prompts, rewards = np.array(["a", "b", "c"] * 4), rng.normal(size=12) * 5 + 3
-    for name in ("per_group", "leave_one_out", "whole_round"):
+    for name in ("per_group", "leave_one_out", "whole_epoch"):
         advantages = ADVANTAGES[name](prompts, rewards, None)
-        groups = [prompts == p for p in "abc"] if name != "whole_round" else [np.full(12, True)]
+        groups = [prompts == p for p in "abc"] if name != "whole_epoch" else [np.full(12, True)]
         for group in groups:
             assert abs(advantages[group].sum()) < 1e-9
             if name != "leave_one_out":
@@ -68,4 +97,4 @@ def test_per_prompt_is_the_tracker():
     rewards, prompts = np.random.default_rng(0).normal(size=10), ["a", "b"] * 5
     one, two = PerPromptStatTracker(8, 2), PerPromptStatTracker(8, 2)
     assert np.array_equal(ADVANTAGES["per_prompt"](prompts, rewards, one), two.update(prompts, rewards))
-    assert one.round == 1
+    assert one.epoch == 1

@@ -30,7 +30,7 @@ def get_config():
     config.advantage = "per_prompt"  # of ddpo/stat_tracking.py: per_prompt, per_group, leave_one_out, whole_epoch
     config.reward = "jpeg_compressibility"  # of ddpo/rewards.py: NAME, NAME:MODEL, or "pickscore + 0.1*hpsv2"
     config.reward_timeout = 0.0  # seconds that scoring sample.batch_size pictures may take; 0: no limit
-    config.prompts = "imagenet_animals"  # a function of ddpo/prompts.py, or a text file with one prompt a line
+    config.prompts = "imagenet_animals"  # of ddpo/prompts.py, or a file: text, a prompt a line, or JSON lines
     config.held_out = 0.0  # share of the prompts that is kept from training, to be evaluated on
 
     config.sample = sample = ConfigDict()

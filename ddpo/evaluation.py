@@ -36,10 +36,10 @@ def split_prompts(prompt_set, held_out):
 
 
 def choose_prompts(pairs, limit, seen=()):
-    """At most `limit` of some (prompt, metadata) pairs, always the same ones, in their order, each prompt once, none of
-    them among the pairs `seen`."""
+    """At most `limit` of some (prompt, metadata) pairs, always the same ones, in their order, each once, none of their
+    prompts among the pairs `seen`. Pairs of one prompt that differ in their metadata are different pairs."""
     prompts_seen = {prompt for prompt, _ in seen}
-    pairs = [pair for pair in dict(pairs).items() if pair[0] not in prompts_seen]
+    pairs = list({repr(pair): pair for pair in pairs if pair[0] not in prompts_seen}.values())
     return [pairs[i] for i in sorted(np.random.default_rng(0).permutation(len(pairs))[:limit].tolist())]
 
 
@@ -66,6 +66,14 @@ def diversity(embeddings, count):
     (|s|^2 - count) / (count^2 - count)."""
     sums = embeddings.reshape(count, -1, embeddings.shape[-1]).sum(0)
     return float(1 - ((sums**2).sum(-1) - count).mean() / (count**2 - count))
+
+
+def places(pairs):
+    """{prompt: where it stands in a list of (prompt, metadata) pairs}."""
+    found = {}
+    for i, (prompt, _) in enumerate(pairs):
+        found.setdefault(prompt, []).append(i)
+    return found
 
 
 def score(images, pairs, judges, clip, classifier, timeout):
@@ -132,8 +140,8 @@ def evaluate(policy, sets, count, judges, sample, clip=None, classifier=None, se
             measured = {key: float(value.mean()) for key, value in known.items() if len(value)}
             if embeddings is not None and count > 1:
                 measured["diversity"] = diversity(embeddings, count)
-            by_prompt = values[next(iter(judges))].reshape(count, len(pairs)).mean(0).tolist()
-            measured["by_prompt"] = dict(zip([prompt for prompt, _ in pairs], by_prompt))
+            own = values[next(iter(judges))]
+            measured["by_prompt"] = {text: float(own[where].mean()) for text, where in places(drawn).items()}
             result[f"{kind}, {sampling}"] = measured
     return result, shown
 

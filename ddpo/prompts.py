@@ -7,6 +7,7 @@ To add a set: write one such function, and put it in `PROMPT_SETS` below.
 """
 
 import functools
+import json
 from pathlib import Path
 
 from ddpo.errors import InputError, choose
@@ -57,16 +58,35 @@ def counting():
 
 
 def from_file(path):
-    """The lines of a UTF-8 text file, one prompt per line; blank lines are ignored."""
+    """The prompts of a UTF-8 text file, one a line; or of JSON lines (*.jsonl), each {"prompt": ..., and the metadata}.
+    Blank lines are ignored."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # -sig: some editors begin the file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(f"cannot read the prompt file {str(path)!r}: {reason}") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
         raise InputError(f"the prompt file {str(path)!r} has no prompts: it needs one per line")
-    return [(prompt, {}) for prompt in prompts]
+    if str(path).endswith(".jsonl"):
+        return [_from_json(line, f"{path}, line {number}") for number, line in lines]
+    if lines[0][1].startswith('{"'):
+        raise InputError(f"the prompt file {str(path)!r} looks like JSON lines: let its name end in .jsonl")
+    return [(line, {}) for _, line in lines]
+
+
+def _from_json(line, where):
+    """The (prompt, metadata) of a JSON line."""
+    try:
+        metadata = json.loads(line)
+        prompt = metadata.pop("prompt").strip()
+    except (ValueError, KeyError, AttributeError, TypeError):
+        prompt = ""
+    if not prompt:
+        raise InputError(
+            f'{where}: a line must be a JSON object with a text "prompt", such as {{"prompt": "a cat"}}'
+        )
+    return prompt, metadata
 
 
 PROMPT_SETS = {
@@ -78,8 +98,8 @@ PROMPT_SETS = {
 
 
 def get_prompts(name):
-    """The `(prompt, metadata)` pairs of the set called `name`, or of the text file at the path `name`."""
-    if "/" in name or name.endswith(".txt"):
+    """The `(prompt, metadata)` pairs of the set called `name`, or of the file at the path `name`."""
+    if "/" in name or name.endswith((".txt", ".jsonl")):
         return from_file(name)
     return choose("prompt set", name, PROMPT_SETS)()
 

@@ -16,6 +16,7 @@ import io
 import os
 import re
 import threading
+import traceback
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import numpy as np
@@ -221,6 +222,18 @@ def get_reward(expression, device="cpu", options=None, prompt_set=()):
     return mixed
 
 
+def raised_at(error):
+    """ "at FILE:LINE" of the innermost code that is neither a library's nor this module's."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+    own = [f for f in frames if os.path.abspath(f.filename) != os.path.abspath(__file__)] or frames
+    return f"at {os.path.relpath(own[-1].filename)}:{own[-1].lineno}"
+
+
+def shorten(prompt, length=80):
+    """A prompt in quotes, for a message of one line."""
+    return repr(prompt if len(prompt) <= length else prompt[: length - 3] + "...")
+
+
 def compute_rewards(reward, images, prompts, metadata, timeout=0):
     """Calls a reward and checks what it returns.
 
@@ -235,6 +248,7 @@ def compute_rewards(reward, images, prompts, metadata, timeout=0):
     name, count = getattr(reward, "__name__", str(reward)), len(images)
     outcome = []
 
+    @torch.no_grad()  # gradient mode belongs to a thread
     def call():
         try:
             outcome.append(reward(images, prompts, metadata))
@@ -258,8 +272,10 @@ def compute_rewards(reward, images, prompts, metadata, timeout=0):
             "sample.batch_size, and resume"
         ) from result
     if isinstance(result, Exception):
-        reason = f"{type(result).__name__}: {result}"
-        raise InputError(f"reward {name} raised {reason} (first of its prompts: {prompts[0]!r})") from result
+        reason = f"{type(result).__name__}: {' '.join(str(result).split())}"
+        raise InputError(
+            f"reward {name} raised {reason}, {raised_at(result)} (first of its prompts: {shorten(prompts[0])})"
+        ) from result
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
         raise InputError(f"reward {name} must return a pair (rewards, info dict), not {type(result).__name__}")
     checked = {}
@@ -273,7 +289,7 @@ def compute_rewards(reward, images, prompts, metadata, timeout=0):
             raise InputError(f"{what} returned shape {checked[key].shape} for {count} images: it must be ({count},)")
         for prompt, value in zip(prompts, checked[key].tolist()):
             if not np.isfinite(value):
-                raise InputError(f"{what} returned {value} for the prompt {prompt!r}: it must be finite")
+                raise InputError(f"{what} returned {value} for the prompt {shorten(prompt)}: it must be finite")
     return checked.pop(""), checked
 
 

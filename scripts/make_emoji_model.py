@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -455,6 +456,10 @@ def main():
     pipe.to(torch.float16).save_pretrained(args.output)
     classifier.half().save_pretrained(f"{args.output}/classifier")
     clip.half().save_pretrained(f"{args.output}/clip")
+    # Files of half size, to be loaded in float32: transformers would load them as they are, unlike diffusers.
+    for folder in ("text_encoder", "classifier", "clip"):
+        path = Path(args.output, folder, "config.json")
+        path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": world.SIZE},
         crop_size={"height": world.SIZE, "width": world.SIZE},

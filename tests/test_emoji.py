@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel, CLIPProcessor
 
 from ddpo import prompts
@@ -54,6 +55,12 @@ def test_textured_backgrounds_make_larger_files():
         pictures = [world.background(texture, rgb, rng) for rgb in world.COLOURS.values()]
         size[texture] = jpeg_size([Image.fromarray(p) for p in pictures]).mean()
     assert size["plain"] < size["gradient"] < min(size["striped"], size["dotted"], size["checkered"])
+
+
+def test_the_embedded_model_draws_after_a_plain_load():
+    """transformers loads a text encoder in its file's precision, unless config.json says otherwise."""
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL)
+    assert pipe("a cat", num_inference_steps=2).images[0].size == (64, 64)
 
 
 @pytest.mark.skipif(not os.path.exists(world.FONT), reason="needs the Noto Color Emoji font")

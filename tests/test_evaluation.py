@@ -104,6 +104,23 @@ def test_held_out_prompts_are_the_others():
     assert len(others) == 10 and all(pair in held_out for pair in others)
 
 
+def test_equal_prompts_with_other_metadata_are_kept_apart(tiny):
+    """Each is judged with its own metadata; the same pair twice is judged once."""
+    pairs = [("a cat", {"want": 1}), ("a cat", {"want": 3}), ("a dog", {"want": 5}), ("a cat", {"want": 1})]
+    chosen = choose_prompts(pairs, 10)
+    assert chosen == pairs[:3]
+
+    def judge(images, prompts, metadata):
+        return [m["want"] for m in metadata], {}
+
+    policy, sample = load_policy(tiny, 0, "fp32", "cpu"), get_config().sample
+    sample.num_steps, sample.guidance_scale = 2, 1.0
+    policy.set_timesteps(2)
+    measured, _ = evaluate(policy, {"seen": chosen}, 1, {"reward_mean": judge}, sample)
+    assert measured["seen, stochastic"]["by_prompt"] == {"a cat": 2, "a dog": 5}
+    assert measured["seen, stochastic"]["reward_mean"] == 3
+
+
 def test_a_run_is_evaluated_as_the_script_evaluates_it(evaluated, clip):
     """Of the three evaluations the first is the base model's and the last the finetuned one's: so says the script too,
     which reads the checkpoint."""

@@ -83,3 +83,26 @@ def test_too_long_prompt_is_named():
     prompts.check_length([fits], tokenizer)
     with pytest.raises(InputError, match="'b a b a b a b' has 9 tokens.* takes 8;.*2 of 3 prompts"):
         prompts.check_length([fits, "b a b a b a b", "a a a a a a a a"], tokenizer)
+
+
+def test_json_lines_carry_metadata(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "two cats", "answers": ["two"]}\n\n{"prompt": "a dog"}\n')
+    assert prompts.get_prompts(str(path)) == [("two cats", {"answers": ["two"]}), ("a dog", {})]
+
+
+@pytest.mark.parametrize(
+    "line", ["a dog", '{"text": "a dog"}', '["a dog"]', '{"prompt": 3}', '{"prompt": " "}', '{"pro']
+)
+def test_a_bad_json_line_is_named(tmp_path, line):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a cat"}\n' + line + "\n")
+    with pytest.raises(InputError, match=r"prompts.jsonl, line 2: a line must be a JSON object"):
+        prompts.get_prompts(str(path))
+
+
+def test_json_lines_under_a_text_files_name_are_refused(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text('{"prompt": "a cat"}\n')
+    with pytest.raises(InputError, match="looks like JSON lines: let its name end in .jsonl"):
+        prompts.get_prompts(str(path))

@@ -63,7 +63,8 @@ def test_a_reward_that_raises_is_named(images):
     def my_reward(images, prompts, metadata):
         raise ZeroDivisionError("oh no")
 
-    with pytest.raises(InputError, match="my_reward raised ZeroDivisionError: oh no"):
+    here = rf"at tests/test_rewards.py:{my_reward.__code__.co_firstlineno + 1} "
+    with pytest.raises(InputError, match="my_reward raised ZeroDivisionError: oh no, " + here):
         rewards.compute_rewards(my_reward, images, PROMPTS, METADATA)
 
 
@@ -86,3 +87,17 @@ def test_scores_may_come_after_the_next_batch(tiny, tmp_path):
         launch(run_dir=folder, env={"SABOTAGE": sabotage}, **options)
         runs[sabotage] = metrics(folder)
     assert runs["by prompt"] == runs["scores come late"] and all(line["reward_std"] > 0 for line in runs["by prompt"])
+
+
+@pytest.mark.parametrize("timeout", [0, 60])
+def test_rewards_run_without_gradients(images, timeout):
+    """In this thread, and in that of a timeout."""
+    weight = torch.ones((), requires_grad=True)
+
+    def my_reward(images, prompts, metadata):
+        assert not (weight * 2).requires_grad
+        return [float(weight * 2)] * len(images), {}
+
+    assert torch.is_grad_enabled()
+    values, _ = rewards.compute_rewards(my_reward, images, ["a"] * len(images), [{}] * len(images), timeout)
+    assert (values == 2).all() and torch.is_grad_enabled()

@@ -52,6 +52,7 @@ def get_config():
     options.vlm_name = ""  # a model's name at an alignment:http://... server; empty: the first that it lists
     options.timeout = 60.0  # seconds that one request to such a server may take
     options.concurrency = 16  # requests at a time
+    options.max_unusable = 0.5  # share of a batch whose answers may be empty, refused, filtered or cut off
 
     config.stats = stats = ConfigDict()  # of the advantage per_prompt, see ddpo/stat_tracking.py
     stats.buffer_size = 32  # rewards kept per prompt

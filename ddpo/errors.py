@@ -21,6 +21,11 @@ def choose(kind, name, choices):
     return choices[name]
 
 
+def shorten(text, length=80):
+    """A text in quotes, cut to fit in a message of one line."""
+    return repr(text if len(text) <= length else text[: length - 3] + "...")
+
+
 def run_script(main):
     """Runs a script's main(); an InputError ends it with its one line and exit code 1."""
     try:

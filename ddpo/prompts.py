@@ -83,9 +83,7 @@ def _from_json(line, where):
     except (ValueError, KeyError, AttributeError, TypeError):
         prompt = ""
     if not prompt:
-        raise InputError(
-            f'{where}: a line must be a JSON object with a text "prompt", such as {{"prompt": "a cat"}}'
-        )
+        raise InputError(f'{where}: a line must be a JSON object with a text "prompt", such as {{"prompt": "a cat"}}')
     return prompt, metadata
 
 

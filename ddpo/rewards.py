@@ -27,7 +27,7 @@ from transformers import CLIPConfig, CLIPProcessor
 from config.base import get_config
 from ddpo import reward_model, vlm
 from ddpo.clip import DTYPES, cosine, embed_images, from_open_clip, load_clip, not_found
-from ddpo.errors import InputError, choose
+from ddpo.errors import InputError, choose, shorten
 from ddpo.prompts import check_length
 
 
@@ -227,11 +227,6 @@ def raised_at(error):
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
     own = [f for f in frames if os.path.abspath(f.filename) != os.path.abspath(__file__)] or frames
     return f"at {os.path.relpath(own[-1].filename)}:{own[-1].lineno}"
-
-
-def shorten(prompt, length=80):
-    """A prompt in quotes, for a message of one line."""
-    return repr(prompt if len(prompt) <= length else prompt[: length - 3] + "...")
 
 
 def compute_rewards(reward, images, prompts, metadata, timeout=0):

@@ -3,38 +3,53 @@
 Where the model runs is decided by its name: `alignment:OWNER/NAME` or `alignment:FOLDER` loads it into this process
 with transformers; `alignment:http://HOST:PORT/v1` asks any server that speaks OpenAI's chat completions (transformers
 serve, vLLM, SGLang, llama.cpp, ...). Without a name it is the paper's LLaVA 13B. The server's key, if it wants one, is
-the environment variable OPENAI_API_KEY.
+the environment variable OPENAI_API_KEY; it is sent to that address alone, since redirects are refused.
+
+An answer that is empty, refused, filtered or cut off is unusable, which is not the same as wrong: its picture gets the
+mean reward of the others in its batch, so that it teaches nothing, and `vlm_unusable` logs the share of such pictures.
 
 Deviation from the paper: its server held LLaVA and BERTScore; here BERTScore runs beside the training.
 """
 
+import asyncio
 import base64
 import functools
-import http.client
 import io
 import json
 import os
-import random
 import re
-import time
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
+import httpx2
 import numpy as np
+import openai
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from ddpo.clip import DTYPES, not_found
-from ddpo.errors import InputError, choose
+from ddpo.errors import InputError, choose, shorten
 from ddpo.prompts import english
 
 DEFAULT_MODEL = "llava-hf/llava-1.5-13b-hf"
 QUESTION = "Answer concisely: what is going on in this image?"
-MAX_TOKENS = 64  # of an answer
-ATTEMPTS = 4  # of one request; the pauses between them are 1, 2 and 4 s, and up to as much again
-FAILURES = (OSError, http.client.HTTPException)  # of a request: nobody there, too late, HTTP status, not even HTTP
+MAX_TOKENS = 256  # of an answer
+ATTEMPTS = 6  # of one request; the pauses between them double from half a second to eight, or are as Retry-After says
+
+
+class Answer(NamedTuple):
+    text: str
+    problem: str = ""  # why it cannot be used: "empty", "refused", "filtered" or "cut off"
+
+
+def read_answer(text, reason="stop", refusal=None):
+    """The Answer in what a model said, without a reasoning model's thoughts. reason: why it stopped, as OpenAI's
+    interface names it."""
+    text = re.sub(r"<think>.*?(</think>|$)", "", text or "", flags=re.DOTALL).strip()
+    if refusal:
+        return Answer(refusal, "refused")
+    problem = {"content_filter": "filtered", "length": "cut off"}.get(reason, "" if text else "empty")
+    return Answer(text, problem)
 
 
 def as_jpeg(image):
@@ -47,26 +62,28 @@ def as_jpeg(image):
 # ------------------------------------------------------------------------------------------------------- two backends
 @functools.lru_cache(maxsize=2)  # alignment and counting may share a model
 def load_vlm(model, device="cpu", precision="fp32", batch_size=32, vlm_name="", timeout=60.0, concurrency=16):
-    """A function ask(images, questions) -> answers, of B PIL images, B strings and B strings, greedily decoded.
+    """A function ask(images, questions) -> B Answers, greedily decoded, about B PIL images, a question each.
 
     Args:
         model: http:// or https:// address of a server (up to /v1); else hub name or folder. Empty: LLaVA 13B.
         vlm_name: the model's name at the server; empty: the first that it lists.
-        timeout: seconds that one request may take.
+        timeout: seconds that one request may take in all.
         concurrency: requests at a time.
     Raises:
         InputError if there is no such model or server. `ask` raises one that names the picture that failed.
     """
     if model.startswith(("http://", "https://")):
         address = model.rstrip("/")
-        listed = list_models(address, timeout)
+        listed = asyncio.run(list_models(address, timeout))
         if not (vlm_name or listed):
             raise InputError(
                 f"{address} lists no model: is that its address up to /v1? If so, name one with "
                 "--config.reward_options.vlm_name"
             )
         vlm_name = vlm_name or listed[0]
-        return functools.partial(ask_server, address, vlm_name, timeout, concurrency)
+        return lambda images, questions: asyncio.run(
+            ask_server(address, vlm_name, timeout, concurrency, images, questions)
+        )
     dtype = choose("reward_options.precision", precision, DTYPES)
     try:
         network = AutoModelForImageTextToText.from_pretrained(model or DEFAULT_MODEL, dtype=dtype).to(device).eval()
@@ -95,80 +112,107 @@ def ask_network(network, processor, batch_size, images, questions):
             chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
             processor_kwargs={"padding": True},
         ).to(network.device, network.dtype)  # fmt: skip
-        output = network.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)
-        answers += processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+        output = network.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)[
+            :, inputs["input_ids"].shape[1] :
+        ]
+        ends = torch.as_tensor(network.generation_config.eos_token_id, device=output.device).flatten()
+        for text, ended in zip(
+            processor.tokenizer.batch_decode(output, skip_special_tokens=True), torch.isin(output, ends).any(1).tolist()
+        ):
+            answers.append(read_answer(text, "stop" if ended else "length"))
+    return answers
 
 
-def ask_server(address, model, timeout, concurrency, images, questions):
+class WholeAnswers(httpx2.AsyncHTTPTransport):
+    """Gives a request and all of its answer `timeout` seconds, which httpx would count anew for each read; and turns an
+    answer that is not JSON into a server's error, which the client tries again."""
+
+    def __init__(self, timeout):
+        super().__init__()
+        self.timeout = timeout
+
+    async def handle_async_request(self, request):
+        try:
+            async with asyncio.timeout(self.timeout):
+                response = await super().handle_async_request(request)
+                body = await response.aread()
+        except TimeoutError as error:
+            raise httpx2.ReadTimeout(f"no answer within {self.timeout:g} s", request=request) from error
+        try:
+            if response.status_code == 200:
+                json.loads(body)
+        except ValueError:
+            return httpx2.Response(502, text=f"the answer is not JSON: {body[:200].decode(errors='replace')}")
+        return response
+
+
+def open_client(address, timeout, attempts):
+    """OpenAI's client for a server, to be used in an `async with`."""
+    http = openai.DefaultAsyncHttpxClient(transport=WholeAnswers(timeout), timeout=timeout, follow_redirects=False)
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+    return openai.AsyncOpenAI(base_url=address, api_key=key, http_client=http, max_retries=attempts - 1)
+
+
+async def ask_server(address, model, timeout, concurrency, images, questions):
     """The answers of an OpenAI-compatible server: JSON with the picture as a data URL."""
+    free = asyncio.Semaphore(concurrency)
 
-    def ask(i):
+    async def ask(i):
         picture = f"data:image/jpeg;base64,{base64.b64encode(as_jpeg(images[i])).decode()}"
         content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": questions[i]}]
-        body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": MAX_TOKENS,
-                "temperature": 0, "stream": False}  # fmt: skip
+        chat = [{"role": "user", "content": content}]
         try:
-            answer = request_json(f"{address}/chat/completions", body, timeout)
-            return answer["choices"][0]["message"]["content"].strip()
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise InputError(f"{address} answered picture {i} with no message: {str(answer)[:200]}") from error
-        except FAILURES as error:
+            async with free:
+                answer = await client.chat.completions.create(
+                    model=model, messages=chat, max_tokens=MAX_TOKENS, temperature=0, stream=False
+                )
+            choice = answer.choices[0]
+            return read_answer(choice.message.content, choice.finish_reason, choice.message.refusal)
+        except (IndexError, TypeError, AttributeError) as error:
+            raise InputError(f"{address} answered picture {i} with no message: {one_line(answer)}") from error
+        except openai.OpenAIError as error:
             raise InputError(
-                f"{address} failed on picture {i} of {len(images)} ({questions[i]!r}) after {ATTEMPTS} "
+                f"{address} failed on picture {i} of {len(images)} ({shorten(questions[i])}) after {ATTEMPTS} "
                 f"attempts at most: {describe(error)}"
             ) from error
 
-    with ThreadPoolExecutor(concurrency) as pool:
-        futures = [pool.submit(ask, i) for i in range(len(images))]
+    async with open_client(address, timeout, ATTEMPTS) as client:
+        tasks = [asyncio.create_task(ask(i)) for i in range(len(images))]
         try:
-            return [future.result() for future in futures]
-        except InputError:
-            pool.shutdown(cancel_futures=True)  # the rest need not be tried
-            raise
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # where one has failed, the rest need not be tried
+                task.cancel()
 
 
-def list_models(address, timeout):
+async def list_models(address, timeout):
     """The names of a server's models; also the proof, before any sampling, that it is there and takes the key."""
     try:
-        return [model["id"] for model in request_json(f"{address}/models", None, timeout, attempts=1)["data"]]
-    except urllib.error.HTTPError as error:
-        if error.code in (404, 405, 500, 501):  # it is there, but does not list
+        async with open_client(address, timeout, attempts=1) as client:
+            return [model.id for model in (await client.models.list()).data]
+    except openai.APIStatusError as error:
+        if error.status_code in (404, 405, 500, 501):  # it is there, but does not list
             return []
         raise InputError(f"{address} refuses: {describe(error)}. Its key goes in OPENAI_API_KEY") from error
-    except FAILURES as error:
+    except openai.OpenAIError as error:
         raise InputError(f"no server at {address} ({describe(error)}). Give its address up to /v1") from error
-    except (KeyError, TypeError) as error:
+    except (TypeError, AttributeError) as error:
         raise InputError(f"{address}/models does not list models as OpenAI's interface does") from error
 
 
-def request_json(url, body, timeout, attempts=ATTEMPTS):
-    """POSTs `body` as JSON (None: GETs) and returns the answer's JSON. Connections that fail, overload (429) and the
-    server's own errors (5xx) are tried again after a pause that doubles. Raises one of FAILURES."""
-    headers = {"Content-Type": "application/json"}
-    if os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY'].strip()}"
-    data = None if body is None else json.dumps(body).encode()
-    for attempt in range(1, attempts + 1):
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=timeout) as response:
-                answer = response.read()
-            break
-        except FAILURES as error:  # refused, timed out, HTTP status
-            status = getattr(error, "code", None)
-            if attempt == attempts or (status is not None and status != 429 and status < 500):
-                raise
-            time.sleep(2 ** (attempt - 1) * (1 + random.random()))
-    try:
-        return json.loads(answer)
-    except ValueError as error:
-        raise OSError(f"the answer is not JSON: {error}") from error
-
-
 def describe(error):
-    """One line of what a request died of, with what the server said."""
-    said = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else ""
-    return " ".join(f"{type(error).__name__}: {error} {said}".split())[:300]
+    """One line of what a request died of, with what the server said, and without the key."""
+    if isinstance(error, openai.APIStatusError):
+        response = error.response
+        said = f"redirect to {response.headers.get('location')}, refused" if response.is_redirect else response.text
+        return one_line(f"HTTP {error.status_code}: {said}")
+    return one_line(f"{error} {error.__cause__ or ''}")
+
+
+def one_line(text):
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    line = " ".join(str(text).split())
+    return (line.replace(key, "***") if key else line)[:300]
 
 
 # -------------------------------------------------------------------------------------------------------- the rewards
@@ -180,8 +224,7 @@ def load_asked(model, device, options):
 
 def load_alignment(model, device, options):
     """The paper's alignment: BERTScore recall of "The image contains {prompt}" in the model's description."""
-    ask = load_asked(model, device, options)
-    name = options.bertscore_model
+    ask, name = load_asked(model, device, options), options.bertscore_model
     try:
         network, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     except Exception as error:
@@ -194,9 +237,12 @@ def load_alignment(model, device, options):
 
     def alignment(images, prompts, metadata):
         """Share of the prompt's tokens, by embedding, that the description contains."""
-        descriptions = ask(images, [QUESTION] * len(images))
-        contents = [f"The image contains {prompt}" for prompt in prompts]
-        return bertscore_recall(network, tokenizer, options.bertscore_layer, descriptions, contents), {}
+        answers = ask(images, [QUESTION] * len(images))
+        usable = check_usable([[answer] for answer in answers], options.max_unusable)
+        contents = [f"The image contains {prompt}" for prompt, use in zip(prompts, usable) if use]
+        descriptions = [answer.text for answer, use in zip(answers, usable) if use]
+        recalls = bertscore_recall(network, tokenizer, options.bertscore_layer, descriptions, contents)
+        return fill(recalls, usable), {"vlm_unusable": ~usable}
 
     return alignment
 
@@ -231,27 +277,73 @@ def load_counting(model, device, options):
                 raise InputError(f"it needs prompts with questions, like the set counting; not {prompt!r}")
 
     def counting(images, prompts, metadata):
-        """Share of metadata["questions"] whose answer contains what metadata["answers"] says."""
-        asked = [(image, q, a) for image, m in zip(images, metadata) for q, a in zip(m["questions"], m["answers"])]
-        said = ask([image for image, _, _ in asked], [question for _, question, _ in asked])
-        right = iter([is_right(answer, expected) for answer, (_, _, expected) in zip(said, asked)])
-        return np.array([np.mean([next(right) for _ in m["questions"]]) for m in metadata], dtype=np.float32), {}
+        """Share of metadata["questions"] whose answer says what metadata["answers"] says."""
+        asked = [(image, question) for image, m in zip(images, metadata) for question in m["questions"]]
+        said = iter(ask(*map(list, zip(*asked))))
+        answers = [[next(said) for _ in m["questions"]] for m in metadata]
+        usable = check_usable(answers, options.max_unusable)
+        shares = [
+            np.mean([is_right(a.text, e, q) for a, e, q in zip(own, m["answers"], m["questions"])])
+            for own, m, use in zip(answers, metadata, usable)
+            if use
+        ]
+        return fill(shares, usable), {"vlm_unusable": ~usable}
 
     counting.check = check
     return counting
 
 
+def check_usable(answers, max_unusable):
+    """(B,) bool: whether all answers about a picture can be used. answers: B lists of Answers. Raises InputError if
+    more than a share `max_unusable` of the pictures, or every one, has an answer that cannot."""
+    usable = np.array([not any(answer.problem for answer in own) for own in answers])
+    if not usable.any() or np.mean(~usable) > max_unusable:
+        example = next(answer for own in answers for answer in own if answer.problem)
+        raise InputError(
+            f"the vision-language model gave no usable answer for {np.sum(~usable)} of {len(usable)} pictures "
+            f"(reward_options.max_unusable = {max_unusable:g}); the first was {example.problem}: "
+            f"{shorten(example.text)}"
+        )
+    return usable
+
+
+def fill(values, usable):
+    """(B,) float32 of the values of the usable pictures, their mean standing in for the others'."""
+    filled = np.full(len(usable), np.mean(values), dtype=np.float32)
+    filled[usable] = values
+    return filled
+
+
 @functools.cache
 def number_words():
-    """{"zero": "0", ... "ninety-nine": "99"}."""
-    return {english().number_to_words(n): str(n) for n in range(100)}
+    """{"zero": 0, ... "ninety-nine": 99, "no": 0, "pair": 2, ...}, and digits as text."""
+    words = {english().number_to_words(n): n for n in range(100)} | {str(n): n for n in range(100)}
+    return words | {"no": 0, "none": 0, "single": 1, "pair": 2, "couple": 2, "trio": 3, "dozen": 12}
 
 
-def is_right(answer, expected):
-    """Whether an answer contains the expected word, as a word of its own: "cat" is not in "cattle". The plural will do,
-    and digits for a number; a number beside others ("two or three") will not."""
-    words = re.findall(r"[a-z]+(?:-[a-z]+)?|\d+", answer.lower())
-    known = number_words()
-    if expected in known:
-        return {known.get(word, word) for word in words if word in known or word.isdigit()} == {known[expected]}
-    return expected in words or english().plural_noun(expected) in words
+NEGATIONS = {"no", "not", "never", "without", "neither", "nor", "zero", "cannot"}
+
+
+def is_right(answer, expected, question=""):
+    """Whether an answer says the expected word: a number, or a thing in singular or plural. "No cat" does not say
+    "cat", nor "not three" or "two or three" three. Of several numbers the one before the question's noun counts, else
+    the first."""
+    answer = re.sub(r"(\d)\s*[-–]\s*(\d)", r"\1 to \2", answer.lower().replace("n't", " not"))
+    words = re.findall(r"[a-z]+(?:-[a-z]+)*|\d+|[,.;]", answer)
+    if expected in number_words():
+        return count_in(words, question.lower()) == number_words()[expected]
+    names = {expected, english().plural_noun(expected)}
+    return any(word in names and not NEGATIONS & set(words[max(0, i - 3) : i]) for i, word in enumerate(words))
+
+
+def count_in(words, question):
+    """The number that an answer's words give for what the question counts, or None if they leave it open."""
+    numbers = number_words()
+    places = [i for i, word in enumerate(words) if word in numbers]
+    noun = re.search(r"how many ((?:[a-z-]+ )*?[a-z-]+) (?:are|is|can|do)\b", question)
+    names = {noun[1], english().singular_noun(noun[1]) or noun[1]} if noun else set()
+    before_noun = [i for i in places if names & set(words[i + 1 : i + 4])]
+    for i in (before_noun or places)[:1]:
+        a_range = words[i + 1 : i + 2] in (["or"], ["to"]) and any(word in numbers for word in words[i + 2 : i + 3])
+        return None if a_range or "not" in words[max(0, i - 2) : i] else numbers[words[i]]
+    return None

@@ -21,7 +21,7 @@ from config.base import get_config as base
 TASKS = {  # name -> reward, prompts, epochs, and the method used
     "compressibility": ("jpeg_compressibility", "common_animals", 16, "full"),
     "incompressibility": ("jpeg_incompressibility", "common_animals", 10, "full"),
-    "aesthetic": ("learned:results/preferences/reward-500-seed0", "common_animals", 4, "lora"),
+    "aesthetic": ("learned:models/emoji-taste", "common_animals", 4, "lora"),
     "alignment": ("clipscore:models/emoji/clip", "animal_activities", 12, "lora"),
 }
 

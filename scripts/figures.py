@@ -19,12 +19,15 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from config.base import get_config  # noqa: E402
 from config.sweeps import ABLATIONS, SWEEPS  # noqa: E402
 from ddpo import prompts  # noqa: E402
 from ddpo.errors import InputError, choose, run_script  # noqa: E402
 from ddpo.evaluation import split_prompts  # noqa: E402
 from ddpo.images import grid_columns  # noqa: E402
-from scripts.plot import plot_band, read_metrics  # noqa: E402
+from ddpo.options import flatten  # noqa: E402
+from scripts.plot import plot_band  # noqa: E402
+from scripts.results import read_results  # noqa: E402
 from scripts.sweep import best_rates, final_reward  # noqa: E402
 
 LABELS = {
@@ -40,18 +43,14 @@ plt.rcParams["svg.hashsalt"] = "ddpo"  # the same file for the same numbers
 class Job:
     """A finished run of a sweep."""
 
-    def __init__(self, folder):
-        name = re.fullmatch(r"([^-]+)-(.+)-lr(.+)-seed(\d+)", os.path.basename(folder)).groups()
-        self.folder, self.panel, self.curve, self.rate, self.seed = folder, *name[:2], float(name[2]), int(name[3])
-        self.metrics = read_metrics(folder)
-        with open(os.path.join(folder, "job.json")) as f:
-            self.facts = json.load(f)
-        with open(os.path.join(folder, "config.json")) as f:
-            self.config = json.load(f)
-        self.evaluations = []
-        if os.path.exists(os.path.join(folder, "evaluation.jsonl")):
-            with open(os.path.join(folder, "evaluation.jsonl")) as f:
-                self.evaluations = [json.loads(line) for line in f]
+    def __init__(self, grids, line):
+        """grids: the folder of the sweep's picture grids. line: of the sweep's results."""
+        name = re.fullmatch(r"([^-]+)-(.+)-lr(.+)-seed(\d+)", line["run"]).groups()
+        self.panel, self.curve, self.rate, self.seed = *name[:2], float(name[2]), int(name[3])
+        self.metrics, self.evaluations, self.facts = line["metrics"], line["evaluations"], line
+        self.options = flatten(get_config()) | line["options"]
+        prefix = os.path.join(grids, line["run"] + "-epoch_")
+        self.grids = {int(path[len(prefix) : -4]): path for path in sorted(glob.glob(glob.escape(prefix) + "*.png"))}
 
     def evaluated(self, section, key):
         """A measure of all evaluations: (E,), e.g. of "seen, stochastic" the "diversity"."""
@@ -59,16 +58,16 @@ class Job:
 
     def queries_evaluated(self):
         """(E,) reward queries before each evaluation."""
-        return np.array([e["epoch"] for e in self.evaluations]) * self.config["sample"]["images_per_epoch"]
+        return np.array([e["epoch"] for e in self.evaluations]) * self.options["sample.images_per_epoch"]
 
 
 def read_jobs(results, sweep):
     """A sweep's finished jobs at the best learning rate of each curve. Prints all; InputError if there are none."""
-    folder = os.path.join(results, sweep)
-    jobs = [Job(os.path.dirname(path)) for path in sorted(glob.glob(os.path.join(folder, "*", "job.json")))]
-    if not jobs:
-        raise InputError(f"{folder} has no finished job: run python -m scripts.sweep {sweep}")
-    best = best_rates(SWEEPS[sweep](), folder)
+    lines = read_results(os.path.join(results, f"{sweep}.jsonl"))
+    if not lines:
+        raise InputError(f"{results}/{sweep}.jsonl has no finished job: run python -m scripts.sweep {sweep}")
+    jobs = [Job(os.path.join(results, sweep), lines[name]) for name in sorted(lines)]
+    best = best_rates(SWEEPS[sweep](), lines)
     for job in jobs:
         chosen = best.get(f"{job.panel}-{job.curve}") == job.rate
         print(
@@ -100,9 +99,9 @@ def grid_pictures(path, count):
     return [grid.crop((x, y, x + width - 2, y + height - 2 - 13)) for x, y in corners]
 
 
-def show(axes, grid, job, indices, title):
-    """Some pictures of one of a job's picture grids, below each other."""
-    pictures = grid_pictures(os.path.join(job.folder, grid), job.config["grid_images"])
+def show(axes, job, epoch, indices, title):
+    """Some pictures of a job's picture grid after so many epochs, below each other."""
+    pictures = grid_pictures(job.grids[epoch], job.options["grid_images"])
     axes.imshow(np.concatenate([np.asarray(pictures[i]) for i in indices]))
     axes.set_title(title, fontsize=7)
     axes.set_axis_off()
@@ -110,10 +109,10 @@ def show(axes, grid, job, indices, title):
 
 def draw_over_training(axes_of, job, indices):
     """Pictures of the same prompts and noise over training: an axes for each grid of a job."""
-    grids = sorted(os.path.basename(path) for path in glob.glob(os.path.join(job.folder, "epoch_*.png")))
-    for axes, step in zip(axes_of, np.linspace(0, len(grids) - 1, len(axes_of)).round().astype(int)):
-        queries = int(grids[step][6:10]) * job.config["sample"]["images_per_epoch"]  # epoch_0005.png
-        show(axes, grids[step], job, indices, f"{queries} queries")
+    epochs = list(job.grids)
+    for axes, step in zip(axes_of, np.linspace(0, len(epochs) - 1, len(axes_of)).round().astype(int)):
+        queries = epochs[step] * job.options["sample.images_per_epoch"]
+        show(axes, job, epochs[step], indices, f"{queries} queries")
 
 
 def draw_fig4(jobs):
@@ -134,12 +133,12 @@ def draw_fig4(jobs):
             handles.setdefault(line.get_label(), line)
         axes.set(title=LABELS.get(panel, panel), xlabel="reward queries")
         for picture, (curve, mine) in zip(strip.subplots(1, len(curves), squeeze=False)[0], curves.items()):
-            last, title = f"epoch_{mine[0].config['num_epochs']:04d}.png", LABELS.get(curve, curve)
+            title = LABELS.get(curve, curve)
             if mine[0].evaluations:
                 named = [job.evaluated("seen, stochastic", "classifier_accuracy")[-1] for job in mine]
                 title += f"\n{np.mean(named):.0%} named"
-            show(picture, last, mine[0], range(min(3, mine[0].config["grid_images"])), title)
-    above.axes[0].set_ylabel("mean reward of a round")
+            show(picture, mine[0], max(mine[0].grids), range(min(3, mine[0].options["grid_images"])), title)
+    above.axes[0].set_ylabel("mean reward of an epoch")
     above.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
@@ -159,11 +158,11 @@ def draw_fig5(jobs):
         axes.set(title=f"prompts {'trained on' if kind == 'seen' else 'held out'}", xlabel="reward queries")
     panels[0].set_ylabel("CLIPScore")
     above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
-    indices = range(min(3, jobs[0].config["grid_images"]))
+    indices = range(min(3, jobs[0].options["grid_images"]))
     draw_over_training(below.subplots(1, 5), jobs[0], indices)
-    config = jobs[0].config
-    trained_on = split_prompts(prompts.get_prompts(config["prompts"]), config["held_out"])[0]
-    texts = [prompt for prompt, _ in trained_on[:: max(1, len(trained_on) // config["grid_images"])]]
+    options = jobs[0].options
+    trained_on = split_prompts(prompts.get_prompts(options["prompts"]), options["held_out"])[0]
+    texts = [prompt for prompt, _ in trained_on[:: max(1, len(trained_on) // options["grid_images"])]]
     below.suptitle("; ".join(texts[i] for i in indices), fontsize=8)
     return figure
 
@@ -206,7 +205,7 @@ def draw_fig7(jobs):
             plot_band(axes, jobs[0].queries_evaluated(), values, "animals " + kind.replace("_", " "))
         axes.set(title=title, xlabel="reward queries")
     above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    draw_over_training(below.subplots(1, 5), jobs[0], range(min(3, jobs[0].config["grid_images"])))
+    draw_over_training(below.subplots(1, 5), jobs[0], range(min(3, jobs[0].options["grid_images"])))
     return figure
 
 
@@ -226,7 +225,7 @@ def draw_lora(jobs, full):
         rows = json.load(f)["rows"]
     seconds = [row["images_per_epoch"] / np.median(row["cpu_images_per_second"]) for row in rows]
     panels[1].bar(range(len(seconds)), seconds, color=colours)
-    panels[1].set_title("CPU seconds a round", fontsize=8)
+    panels[1].set_title("CPU seconds an epoch", fontsize=8)
     costs = {
         "peak memory, GB": lambda job: job.metrics["peak_memory_gb"][-1],
         "weights saved, MB": lambda job: job.facts["weights_mb"],

@@ -1,9 +1,9 @@
 """Draws a metric of one or more runs against reward queries.
 
-    python -m scripts.plot runs/A runs/B --key jpeg_kb --output curve.png
+    python -m scripts.plot runs/A runs/B --key jpeg_kb --output runs/curve.png
 
-A run is a folder with metrics.jsonl. Runs whose names differ only in what follows "-seed" are one curve: the mean, in
-a band from the lowest to the highest.
+A run is a folder with metrics.jsonl; a file of results/ stands for all of its runs. Runs whose names differ only in
+what follows "-seed" are one curve: the mean, in a band from the lowest to the highest.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import numpy as np
 
 from ddpo.errors import InputError, run_script
 from ddpo.reward_model import read_jsonl
+from scripts.results import read_results
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -24,7 +25,7 @@ def read_metrics(run):
     path = os.path.join(run, "metrics.jsonl")
     lines = read_jsonl(path) if os.path.exists(path) else []
     if not lines:
-        raise InputError(f"{run!r} is not a run with a finished round: no lines in its metrics.jsonl")
+        raise InputError(f"{run!r} is not a run with a finished epoch: no lines in its metrics.jsonl")
     return {key: np.array([line[key] for line in lines]) for key in lines[0] if all(key in line for line in lines)}
 
 
@@ -39,11 +40,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--key", default="reward_mean")
-    parser.add_argument("--output", default="curve.png")
+    parser.add_argument("--output", default="runs/curve.png")
     args = parser.parse_args()
     groups = {}
-    for run in args.runs:
-        metrics = read_metrics(run)
+    runs = {}
+    for path in args.runs:
+        found = {path: read_metrics(path)} if not path.endswith(".jsonl") else {
+            run: line["metrics"] for run, line in read_results(path).items()
+        }  # fmt: skip
+        if not found:
+            raise InputError(f"{path} has no results")
+        runs |= found
+    for run, metrics in runs.items():
         if args.key not in metrics:
             raise InputError(f"{run} has no {args.key!r}: there is {', '.join(metrics)}")
         name = os.path.basename(os.path.normpath(run)).split("-seed")[0]
@@ -59,6 +67,7 @@ def main():
     axes.set_ylabel({"jpeg_kb": "JPEG size (kB)"}.get(args.key, args.key))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
     figure.savefig(args.output, dpi=150)
     print(args.output)
 

@@ -4,7 +4,7 @@
     python -m scripts.simulate_rater rate --pairs runs/pairs --count 500        (scores 1 to 10, as CSV)
     python -m scripts.simulate_rater check --pairs runs/pairs --first 1500 --count 600 --rewards learned:FOLDER ...
     python -m scripts.simulate_rater measure --run runs/NAME                    (the true taste before and after a run)
-    python -m scripts.simulate_rater plot --runs runs/A runs/B ... --output taste.png      (what was measured, by votes)
+    python -m scripts.simulate_rater plot --results results/preferences/runs.jsonl         (what was measured, by votes)
 
 The reward model sees the votes, never `taste`. The pairs come from `scripts.annotate --draw_only`. The rater is noisy
 as Bradley and Terry have it: P(a is chosen) = sigmoid((taste(a) - taste(b)) / TEMPERATURE), and calls it a tie when the
@@ -31,6 +31,7 @@ from ddpo.images import image_grid
 from ddpo.reward_model import rank_correlation
 from ddpo.seeds import numpy_generator
 from scripts.annotate import read_pairs, shown
+from scripts.results import add_result, read_results
 from scripts.sample import base_and_finetuned, open_run
 
 matplotlib.use("Agg")
@@ -87,7 +88,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the rater's noise; measure: of the pictures")
     parser.add_argument("--output", default="", help="default: PAIRS/choices.jsonl, PAIRS/ratings.csv, RUN/taste.json")
     parser.add_argument("--run", default="", help="measure: a run's folder")
-    parser.add_argument("--runs", nargs="+", default=[], help="plot: runs that were measured")
+    parser.add_argument("--results", default="", help="plot: what to draw; measure: a file to add the run to as well")
     parser.add_argument("--checkpoint", default="", help="measure: a name in RUN/checkpoints; default: the newest")
     args = parser.parse_args()
     if args.what in ("measure", "plot"):
@@ -158,6 +159,10 @@ def measure(args):
         os.path.join(args.run, "images", "taste.png")
     )
     print(json.dumps(result, indent=1))
+    if args.results:
+        learned = json.loads(Path(config.reward.removeprefix("learned:"), "reward.json").read_text())
+        facts = {"taste": [result], "reward_model": {key: learned[key] for key in ("kind", "votes")}}
+        add_result(args.results, args.run, os.path.basename(os.path.normpath(args.run)), facts)
     with open(args.output or os.path.join(args.run, "taste.json"), "w") as f:
         json.dump(result, f, indent=1)
 
@@ -165,16 +170,13 @@ def measure(args):
 def plot(args):
     """Draws the true taste after finetuning against the votes that each run's reward model had learned from."""
     groups, before = {}, []
-    for run in args.runs:
-        try:
-            measured = json.loads(Path(run, "taste.json").read_text())
-            reward = json.loads(Path(run, "config.json").read_text())["reward"].removeprefix("learned:")
-            learned = json.loads(Path(reward, "reward.json").read_text())
-        except OSError as error:
-            raise InputError(f"{run} is not a run with a learned reward that was measured: {error}") from error
+    for line in (line for line in read_results(args.results).values() if "taste" in line):
+        measured, learned = line["taste"][0], line["reward_model"]
         points = groups.setdefault(learned["kind"], {}).setdefault(learned["votes"], [])
         points.append(measured["finetuned"]["taste"])
         before.append(measured["base"]["taste"])
+    if not groups:
+        raise InputError(f"--results {args.results!r} has no run with a learned reward that was measured")
     figure, axes = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
     for marker, (kind, points) in zip("os", sorted(groups.items())):
         votes = sorted(points)
@@ -190,7 +192,7 @@ def plot(args):
     axes.set_ylabel("true taste after DDPO")
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(args.output or "taste.png", dpi=150)
+    figure.savefig(args.output or os.path.splitext(args.results)[0] + ".png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,14 @@
     python -m scripts.sweep fig4 --jobs 2
 
 Each job is a run of train.py with one CPU thread (--threads), in runs/sweeps/NAME/JOB. First every learning rate to
-try runs on one seed, then the best ones on the others. When a job is done, its config.json, metrics.jsonl,
-evaluation.jsonl and picture grids (the last one, unless it drew some on the way) go to results/sweeps/NAME/JOB, with
-job.json: the command, commit, hardware, time and the size of its weights. Jobs that are there already are skipped. A
-sweep that was stopped with Ctrl-C or killed goes on where it was when it is started again: a job that had begun resumes
-from its last checkpoint.
+try runs on one seed, then the best ones on the others. A job that is done becomes a line of results/sweeps/NAME.jsonl
+(see scripts/results.py), and the first seed's picture grids go to results/sweeps/NAME. Jobs that are there already are
+skipped. A sweep that was stopped with Ctrl-C or killed goes on where it was when it is started again: a job that had
+begun resumes from its last checkpoint.
 """
 
 import argparse
 import glob
-import json
 import os
 import shlex
 import shutil
@@ -24,12 +22,14 @@ from datetime import timedelta
 
 import torch
 
+from config.base import get_config
 from config.sweeps import SEEDS, SWEEPS, job_of, seed_jobs, tuning_jobs
 from ddpo.checkpoint import list_checkpoints
 from ddpo.errors import InputError, choose, run_script
 from ddpo.options import NO_EFFECT, flatten, load_preset, read_options
 from scripts.plot import read_metrics
 from scripts.provenance import commit, processor
+from scripts.results import add_result, read_results
 
 
 def train_command(options, threads):
@@ -39,21 +39,22 @@ def train_command(options, threads):
     return ["train.py", "--config", options["config"], *arguments]
 
 
-def check_options(folder, options):
-    """The options, by dotted name, of the run whose config.json is in a folder. Raises InputError if they are not those
-    that a job with these `options` would have now."""
-    made, wanted = read_options(folder), flatten(load_preset(options["config"])) | options
+def check_options(where, made, options):
+    """Raises InputError if the options that a run was `made` with, by dotted name, are not those that a job with these
+    `options` would have now. where: what holds the run."""
+    wanted = flatten(load_preset(options["config"])) | options
     for key in sorted(wanted.keys() - {"config"}):
         if str(made[key]) != str(wanted[key]) and (key in options or key not in NO_EFFECT):
-            raise InputError(f"{folder} was made with other options ({key} {made[key]}, now {wanted[key]}): remove it")
-    return made
+            raise InputError(f"{where} was made with other options ({key} {made[key]}, now {wanted[key]}): remove it")
 
 
 def start(run_dir, options, threads):
     """Starts a job, or resumes it; returns its process, or None if there is nothing left to do."""
     command, where = train_command(options, threads), f"--config.run_dir={run_dir}"
     if os.path.exists(os.path.join(run_dir, "config.json")):
-        epochs = check_options(run_dir, options)["num_epochs"]
+        made = read_options(run_dir)
+        check_options(run_dir, made, options)
+        epochs = made["num_epochs"]
         if any(folder.endswith(f"epoch_{epochs:04d}") for folder in list_checkpoints(run_dir)):
             return None
         where = f"--config.resume={run_dir}"
@@ -63,39 +64,32 @@ def start(run_dir, options, threads):
         return subprocess.Popen([sys.executable, *command, where], stdout=log, stderr=log, start_new_session=True)
 
 
-def collect(run_dir, folder, job):
-    """Copies what the figures need from a finished run to results/, job.json last: it marks the job as done. Returns
-    its metrics."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(run_dir, "config.json")) as f:
-        all_grids = json.load(f)["grid_every"] > 0
-    grids = sorted(os.listdir(os.path.join(run_dir, "images")))[0 if all_grids else -1 :]
-    for name in ("config.json", "metrics.jsonl", "evaluation.jsonl", *(os.path.join("images", grid) for grid in grids)):
-        if os.path.exists(os.path.join(run_dir, name)):
-            shutil.copy(os.path.join(run_dir, name), folder)
-    metrics = read_metrics(folder)
-    job["seconds"] = round(float(metrics["seconds"].sum()), 1)
+def collect(run_dir, results, sweep, job, facts):
+    """Adds a finished run to the sweep's results, and the picture grids that a figure may show: those of the first
+    seed. Returns its line."""
+    seconds = read_metrics(run_dir)["seconds"].sum()
     weights = glob.glob(os.path.join(list_checkpoints(run_dir)[-1], "*", "*.safetensors"))  # in lora/ or unet/
-    job["weights_mb"] = round(sum(map(os.path.getsize, weights)) / 1e6, 3)
-    with open(os.path.join(folder, "job.json"), "w") as f:
-        json.dump(job, f, indent=1)
-    return metrics
+    facts |= {"seconds": round(float(seconds), 1), "weights_mb": round(sum(map(os.path.getsize, weights)) / 1e6, 3)}
+    options = read_options(run_dir)
+    if options["seed"] == SEEDS[0]:
+        grids = sorted(os.listdir(os.path.join(run_dir, "images")))
+        os.makedirs(os.path.join(results, sweep), exist_ok=True)
+        for grid in grids if options["grid_every"] else grids[-1:]:
+            shutil.copy(os.path.join(run_dir, "images", grid), os.path.join(results, sweep, f"{job}-{grid}"))
+    return add_result(os.path.join(results, f"{sweep}.jsonl"), run_dir, job, facts)
 
 
 def final_reward(metrics):
-    """What a run came to: the mean reward of its last three rounds."""
+    """What a run came to: the mean reward of its last three epochs."""
     return metrics["reward_mean"][-3:].mean()
 
 
 def best_rates(curves, results):
-    """{curve: learning rate} by the final reward of the finished jobs on the first seed."""
+    """{curve: learning rate} by the final reward of the finished jobs on the first seed. results: {job: its line}."""
     best = {}
     for curve, options in curves.items():
-        rewards = {}
-        for rate in options["train.learning_rate"]:
-            folder = os.path.join(results, job_of(curve, options, rate, SEEDS[0])[0])
-            if os.path.exists(os.path.join(folder, "job.json")):
-                rewards[rate] = final_reward(read_metrics(folder))
+        jobs = {rate: job_of(curve, options, rate, SEEDS[0])[0] for rate in options["train.learning_rate"]}
+        rewards = {rate: final_reward(results[job]["metrics"]) for rate, job in jobs.items() if job in results}
         if rewards:
             best[curve] = max(rewards, key=rewards.get)
     return best
@@ -103,13 +97,14 @@ def best_rates(curves, results):
 
 def run_jobs(jobs, args):
     """Runs {name: options}, args.jobs at a time, without those that are done. Returns the names of failed ones."""
-    results, runs = (
-        {job: os.path.join(parent, args.name, job) for job in jobs} for parent in (args.results, args.runs)
+    path, runs = (
+        os.path.join(args.results, f"{args.name}.jsonl"),
+        {j: os.path.join(args.runs, args.name, j) for j in jobs},
     )
-    waiting = []
+    results, defaults, waiting = read_results(path), flatten(get_config()), []
     for job, options in jobs.items():
-        if os.path.exists(os.path.join(results[job], "job.json")):
-            check_options(results[job], options)
+        if job in results:
+            check_options(f"{path}: {job}", defaults | results[job]["options"], options)
         else:
             waiting.append(job)
     done, failed, running, seconds = len(jobs) - len(waiting), [], {}, []
@@ -131,7 +126,8 @@ def run_jobs(jobs, args):
                     print(f"{job} failed: see {os.path.join(runs[job], 'log.txt')}", flush=True)
                     continue
                 command = "python " + shlex.join(train_command(jobs[job], args.threads))
-                metrics = collect(runs[job], results[job], {"command": command, **machine})
+                line = collect(runs[job], args.results, args.name, job, {"command": command, **machine})
+                metrics = line["metrics"]
                 done += 1
                 seconds.append(time.time() - since)
                 left = sum(seconds) / len(seconds) * (len(waiting) + len(running)) / args.jobs
@@ -144,7 +140,7 @@ def run_jobs(jobs, args):
         processes = [process for process, _ in running.values() if process is not None]
         for process in processes:
             process.send_signal(signal.SIGINT)
-        print("stopping: the jobs finish their round and save", flush=True)
+        print("stopping: the jobs finish their epoch and save", flush=True)
         for process in processes:
             process.wait()
         if isinstance(error, KeyboardInterrupt):
@@ -165,7 +161,7 @@ def main():
     curves = choose("sweep", args.name, SWEEPS)()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed = run_jobs(tuning_jobs(curves), args)
-    best = best_rates(curves, os.path.join(args.results, args.name))
+    best = best_rates(curves, read_results(os.path.join(args.results, f"{args.name}.jsonl")))
     print("learning rates: " + ", ".join(f"{curve} {rate:g}" for curve, rate in best.items()), flush=True)
     failed += run_jobs(seed_jobs(curves, best), args)
     if failed:

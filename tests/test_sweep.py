@@ -1,6 +1,5 @@
 """A sweep that was stopped, and the figure of its results."""
 
-import json
 import signal
 import sys
 
@@ -13,6 +12,7 @@ from test_train import metrics
 from config.sweeps import tuning_jobs
 from ddpo.errors import InputError
 from scripts import figures, sweep
+from scripts.results import read_results
 
 
 def command(monkeypatch, capsys, main, *arguments):
@@ -42,17 +42,18 @@ def test_a_stopped_sweep_goes_on_and_its_results_are_drawn(tiny, tmp_path, monke
     arguments = monkeypatch, capsys, sweep.main, "fig4", "--runs", runs, "--results", results
     out = command(*arguments)
     assert "2 jobs, 0 of them done" in out and "[2/2] task-ddpo_is-lr0.003-seed0" in out and "left" in out
-    means = {rate: np.mean([m["reward_mean"] for m in metrics(results / f"fig4/task-ddpo_is-lr{rate}-seed0")])
-             for rate in (0.001, 0.003)}  # fmt: skip
+    lines = read_results(results / "fig4.jsonl")
+    means = {rate: np.mean(lines[f"task-ddpo_is-lr{rate}-seed0"]["metrics"]["reward_mean"]) for rate in (0.001, 0.003)}
     best = max(means, key=means.get)
     assert f"task-ddpo_is {best}" in out and f"[1/1] task-ddpo_is-lr{best}-seed1" in out
-    for job in [*jobs, f"task-ddpo_is-lr{best}-seed1"]:
-        assert metrics(results / "fig4" / job) == metrics(runs / "fig4" / job)
-        assert [line["epoch"] for line in metrics(results / "fig4" / job)] == [0, 1]
-        facts = json.loads((results / "fig4" / job / "job.json").read_text())
-        assert facts.keys() == {"command", "commit", "hardware", "threads", "seconds", "weights_mb"}
-        assert f"seed={job[-1]}" in str(facts) and facts["weights_mb"] > 0
-        assert list((results / "fig4" / job).glob("epoch_0002.png"))
+    assert lines.keys() == {*jobs, f"task-ddpo_is-lr{best}-seed1"}
+    for job, line in lines.items():
+        for epoch, expected in enumerate(metrics(runs / "fig4" / job)):
+            assert {key: line["metrics"][key][epoch] for key in expected} == pytest.approx(expected, rel=1e-5)
+        assert len(line["metrics"]["epoch"]) == 2 and line["options"]["sample.num_steps"] == 3
+        assert line.keys() >= {"command", "commit", "hardware", "threads", "seconds", "weights_mb"}
+        assert f"seed={job[-1]}" in line["command"] and line["weights_mb"] > 0
+        assert (results / f"fig4/{job}-epoch_0002.png").exists() == (job[-1] == "0")
     begin = sweep.start
     monkeypatch.setattr(sweep, "start", None)  # nothing may be started
     assert command(*arguments).count("jobs, 2 of them done") == 1

@@ -1,0 +1,67 @@
+"""The results that are committed: one file per sweep, a JSON line per finished run.
+
+run            its name
+options        those that differ from config/base.py, by dotted name
+metrics        {key of metrics.jsonl: a list of its values, one per epoch}
+evaluations    the lines of evaluation.jsonl
+command, commit, hardware, threads, seconds, weights_mb
+"""
+
+import json
+import os
+
+import numpy as np
+
+from config.base import get_config
+from ddpo.options import flatten, read_options
+
+
+def read_results(path):
+    """{run's name: its line}, metrics as arrays (epochs,); {} if there is no such file."""
+    if not os.path.exists(path):
+        return {}
+    with open(path) as f:
+        lines = [json.loads(line) for line in f]
+    for line in lines:
+        line["metrics"] = {key: np.array(values) for key, values in line["metrics"].items()}
+    return {line["run"]: line for line in lines}
+
+
+def add_result(path, run_dir, name, facts):
+    """Adds a finished run to a file of results, or replaces it there. facts: what its folder does not say, {name:
+    value}. Returns its line."""
+    line = {"run": name, **facts, **summarise(run_dir)}
+    lines = {}
+    if os.path.exists(path):
+        with open(path) as f:
+            lines = {json.loads(text)["run"]: text for text in f}
+    lines[name] = json.dumps(line) + "\n"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path + ".tmp", "w") as f:
+        f.writelines(lines[run] for run in sorted(lines))
+    os.replace(path + ".tmp", path)
+    return read_results(path)[name]
+
+
+def summarise(run_dir):
+    """What a run's own files say: its options, metrics and evaluations, to six digits."""
+    defaults = flatten(get_config())
+    options = {
+        k: v for k, v in read_options(run_dir).items() if defaults.get(k) != v and k not in ("run_dir", "resume")
+    }
+    lines = {}
+    for name in ("metrics", "evaluation"):
+        path = os.path.join(run_dir, f"{name}.jsonl")
+        if os.path.exists(path):
+            with open(path) as f:
+                lines[name] = [to_six_digits(json.loads(line)) for line in f]
+    keys = [key for key in lines["metrics"][0] if all(key in line for line in lines["metrics"])]
+    metrics = {key: [line[key] for line in lines["metrics"]] for key in keys}
+    return {"options": options, "metrics": metrics, "evaluations": lines.get("evaluation", [])}
+
+
+def to_six_digits(value):
+    """A nest of dicts with its floats rounded to six significant digits."""
+    if isinstance(value, dict):
+        return {key: to_six_digits(item) for key, item in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value

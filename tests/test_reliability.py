@@ -30,7 +30,7 @@ from ddpo.stat_tracking import PerPromptStatTracker
 # ------------------------------------------------------------------------------------------------------ memory knobs
 def record(model, monkeypatch, run, batch_size, options):
     """What a run computes on its way: every round's latents and advantages, every update's gradients; its weights."""
-    seen = {"latents": [], "advantages": [], "gradients": [], "weights": []}
+    seen = {"latents": [], "prompts": [], "rewards": [], "advantages": [], "gradients": [], "weights": []}
     sample, stats = train.sample_with_logprob, train.PerPromptStatTracker.update
     clip, load = torch.nn.utils.clip_grad_norm_, train.load_policy
 
@@ -41,6 +41,8 @@ def record(model, monkeypatch, run, batch_size, options):
         return out
 
     def stats_(self, prompts, values):
+        seen["prompts"].append(prompts)
+        seen["rewards"].append(values)
         seen["advantages"].append(torch.as_tensor(stats(self, prompts, values)))
         return seen["advantages"][-1].numpy()
 

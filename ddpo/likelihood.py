@@ -19,6 +19,7 @@ class Transitions(NamedTuple):
     log_prob: torch.Tensor  # log p_theta(x_{t-1} | x_t, c)
     old_log_prob: torch.Tensor  # the same under the weights that sampled; no gradient
     kl_old: torch.Tensor  # KL(p_theta || p_old) of the step: the exact divergence from the policy that sampled it
+    sample: torch.Tensor | None = None  # which of the process's samples each step belongs to
     kl_base: torch.Tensor | None = None  # KL(p_theta || p_base), if `train.kl_weight` asks for it
 
     def ratio_error(self):
@@ -64,7 +65,7 @@ class Rollout:
             kl_base = gaussian_kl(mean, base_mean, std)
         log_prob, old_log_prob = self._log_prob(sample, step, mean, std), self.old_log_probs[sample, step]
         scale = self.log_prob_scale[step]
-        return Transitions(log_prob * scale, old_log_prob * scale, kl_old, kl_base)
+        return Transitions(log_prob * scale, old_log_prob * scale, kl_old, sample, kl_base)
 
     def _mean_std(self, sample, step):
         """Mean (B, C, H, W) and std (B, 1, 1, 1) of the policy's steps from x_t, under its weights as they are."""

@@ -2,12 +2,12 @@
 
     accelerate launch train.py --config config/aesthetic.py            (LoRA, the port's settings)
     accelerate launch train.py --config config/aesthetic.py:full       (the paper's settings)
-    accelerate launch train.py --config config/aesthetic.py:one_gpu    (LoRA in small rounds: trl's post)
+    accelerate launch train.py --config config/aesthetic.py:one_gpu    (LoRA in short epochs: trl's post)
 
 Prompts: the 45 common animals. Needs openai/clip-vit-large-patch14 and the head in trl-lib/ddpo-aesthetic-predictor of
 the hub, or `--config.reward=aesthetic:HEAD.pth`. A reward model of your own: `--config.reward=learned:FOLDER`.
 
-256 images a round, in 2 updates (LoRA, 200 rounds) or 4 (full, 200 rounds); `one_gpu`: 24 in 8, 200 rounds. Not yet
+256 images an epoch, in 2 updates (LoRA, 200 epochs) or 4 (full, 200 epochs); `one_gpu`: 24 in 8, 200 epochs. Not yet
 run on the real weights, nor has the time or the memory been measured on a GPU; the reward has been tested with the real
 head.
 """

@@ -3,12 +3,12 @@ sees it.
 
     accelerate launch train.py --config config/alignment.py            (LoRA, the port's settings)
     accelerate launch train.py --config config/alignment.py:full       (the paper's settings)
-    accelerate launch train.py --config config/alignment.py:one_gpu    (LoRA in small rounds: trl's post)
+    accelerate launch train.py --config config/alignment.py:one_gpu    (LoRA in short epochs: trl's post)
 
 Prompts: 45 animals washing the dishes, riding a bike or playing chess. LLaVA 1.5 13B runs in the training process by
 default, whose 13 billion weights take 26 GB in half precision; elsewhere: `--config.reward=alignment:http://HOST:PORT/v1`.
 
-288 images a round in 2 updates (LoRA) or 256 in 4 (full), 200 rounds; `one_gpu`: 24 in 8, 200 rounds. Not yet run on
+288 images an epoch in 2 updates (LoRA) or 256 in 4 (full), 200 epochs; `one_gpu`: 24 in 8, 200 epochs. Not yet run on
 the real weights, nor has the time or the memory been measured on a GPU. The way to a server has been, with
 `transformers serve`.
 """

@@ -2,18 +2,18 @@
 
     accelerate launch train.py --config config/compressibility.py            (LoRA, the port's settings)
     accelerate launch train.py --config config/compressibility.py:full       (the paper's settings)
-    accelerate launch train.py --config config/compressibility.py:one_gpu    (LoRA in small rounds: trl's post)
+    accelerate launch train.py --config config/compressibility.py:one_gpu    (LoRA in short epochs: trl's post)
 
-Prompts: the 398 ImageNet animals. 256 images a round in 4 updates; 100 rounds (LoRA) or 200 (full; 51,200 reward
-queries). `one_gpu`: 24 images a round in 8 updates, 200 rounds.
+Prompts: the 398 ImageNet animals. 256 images an epoch in 4 updates; 100 epochs (LoRA) or 200 (full; 51,200 reward
+queries). `one_gpu`: 24 images an epoch in 8 updates, 200 epochs.
 
-At 0.64 samples per prompt and round, the paper's buffer of 32 rewards spans 50 rounds: most of an advantage is then how
-far the policy has come. `:full` keeps that, to reproduce; `lora` forgets rewards after 10 rounds, which leaves nearly
-all samples normalised by their whole round.
+At 0.64 samples per prompt and epoch, the paper's buffer of 32 rewards spans 50 epochs: most of an advantage is then how
+far the policy has come. `:full` keeps that, to reproduce; `lora` forgets rewards after 10 epochs, which leaves nearly
+all samples normalised by their whole epoch.
 
-A round of `lora` and `:full` is 256 x 50 steps x 2 (guidance) = 25,600 forward passes to sample and 25,600 more with
+An epoch of `lora` and `:full` is 256 x 50 steps x 2 (guidance) = 25,600 forward passes to sample and 25,600 more with
 their backward passes to train; one of `one_gpu` 2,400 and 2,400. Not yet run on the real weights, nor has the time or
-the memory been measured on a GPU. The pipeline at its true size, with random weights, has run: see README.
+the memory been measured on a GPU. The pipeline at its true size, with random weights, has run: docs/speed.md.
 """
 
 from config.base import choose_variant
@@ -59,11 +59,11 @@ def full(config):
 
 
 def one_gpu(config):
-    """LoRA in small rounds that a single GPU gets through: 24 images in 8 updates of 3."""
+    """LoRA in short epochs that a single GPU gets through: 24 images in 8 updates of 3."""
     config = lora(config)
     config.num_epochs = 200
     config.stats.buffer_size = 32
-    config.stats.max_age = 0  # with so few images per prompt and round, ten rounds would never gather min_count
+    config.stats.max_age = 0  # with so few images per prompt and epoch, ten epochs would never gather min_count
     config.sample.images_per_epoch = 24
     config.sample.batch_size = 3  # 6 in the post; but unlike the training's, old log-probs would be computed again
     config.train.updates_per_epoch = 8

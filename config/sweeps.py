@@ -2,18 +2,18 @@
 
 A sweep is a function without arguments that returns {"PANEL-CURVE": options}, by their place in the figure; options are
 those of train.py's command line, by dotted name, "config" being the preset. Every learning rate of a tuple is tried on
-the first seed; the one with the highest mean reward in the last three rounds is then run on the other seeds. A job is
+the first seed; the one with the highest mean reward in the last three epochs is then run on the other seeds. A job is
 called PANEL-CURVE-lrRATE-seedSEED.
 
-The settings are small, for two CPU cores: 32 images of 5 steps a round instead of the preset's 128 of 10.
+The settings are small, for two CPU cores: 32 images of 5 steps an epoch instead of the preset's 128 of 10.
 """
 
 SEEDS = (0, 1, 2)
-WARMUP_ROUNDS = 4  # of a rising learning rate: Adam's first updates would else cost more than a short run gains
+WARMUP_EPOCHS = 4  # of a rising learning rate: Adam's first updates would else cost more than a short run gains
 SMALL = {
     "grid_every": 0, "grid_images": 6, "save_every": 1, "keep_checkpoints": 1, "num_epochs": 12,
     "sample.num_steps": 5, "sample.images_per_epoch": 32, "sample.batch_size": 8, "train.batch_size": 8,
-    "train.updates_per_epoch": 4, "train.warmup_updates": 4 * WARMUP_ROUNDS,
+    "train.updates_per_epoch": 4, "train.warmup_updates": 4 * WARMUP_EPOCHS,
 }  # fmt: skip
 TASKS = ("compressibility", "incompressibility", "aesthetic")
 DDPO_RATES, RWR_RATES = (1e-4, 3e-4, 1e-3), (3e-5, 1e-4, 3e-4)  # three each; RWR makes five times as many updates
@@ -41,7 +41,7 @@ ABLATIONS = {  # panel -> what the default is called, and the options of each ot
 
 def fig4():
     """Reward against reward queries for each algorithm, each tuned for each reward by itself. All make as many network
-    evaluations with gradient in a round as it has steps (RWR-sparse keeps a quarter of the samples and repeats those).
+    evaluations with gradient in an epoch as it has steps (RWR-sparse keeps a quarter of the samples and repeats those).
     "unweighted" is RWR with all weights 1: what training on one's own samples does without any reward."""
     curves, steps = {}, SMALL["sample.num_steps"]
     for task in TASKS:
@@ -54,7 +54,7 @@ def fig4():
             curves[f"{task}-{name}"] = {
                 **SMALL, "config": f"config/emoji.py:{task},full", "algorithm": name, "train.learning_rate": rates,
                 "train.updates_per_epoch": updates, "train.inner_epochs": inner_epochs,
-                "train.warmup_updates": WARMUP_ROUNDS * updates * inner_epochs, "evaluate.every": 12, **options,
+                "train.warmup_updates": WARMUP_EPOCHS * updates * inner_epochs, "evaluate.every": 12, **options,
             }  # fmt: skip
     for task in ("compressibility", "aesthetic"):  # incompressibility is the former upside down
         unweighted = {"train.inverse_temperature": 0.0, "train.learning_rate": RWR_RATES[1:2]}
@@ -89,7 +89,7 @@ def lora():
 
 def ablations():
     """Panels of ABLATIONS, a curve per value that is not the default; all else as for ddpo_is in fig4, but
-    5 rounds and no warm-up."""
+    5 epochs and no warm-up."""
     common = {
         **SMALL, "config": "config/emoji.py:compressibility,full", "train.learning_rate": (3e-4,), "num_epochs": 5,
         "train.warmup_updates": 0, "evaluate.every": 5, "evaluate.rewards": "clipscore:models/emoji/clip",

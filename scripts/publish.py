@@ -79,7 +79,7 @@ def write_card(run, config, kind, repo, checkpoint, licence, folder):
 `{base}`, finetuned with reinforcement learning ([DDPO](https://arxiv.org/abs/2305.13301), {method}) for the reward
 `{config["reward"]}` on the prompts `{config["prompts"]}`.
 
-The mean reward went from {first:.4g} in the first round to {last:.4g} in round {len(metrics["reward_mean"])}
+The mean reward went from {first:.4g} in the first epoch to {last:.4g} in epoch {len(metrics["reward_mean"])}
 ({int(metrics["reward_queries"][-1]):,} reward queries); these are the weights of `{checkpoint}`.
 
 ![mean reward](curve.png)
@@ -120,7 +120,7 @@ def prepare(run, repo, checkpoint, licence, folder):
         raise InputError(f"{run} has no checkpoint {checkpoint or 'yet'}; there is {', '.join(folders) or 'none'}")
     checkpoint = checkpoint or list(folders)[-1]
     if not epoch_of(checkpoint):
-        raise InputError(f"{run}: {checkpoint} was saved before the first round was trained: it is the base model")
+        raise InputError(f"{run}: {checkpoint} was saved before the first epoch was trained: it is the base model")
     kind = "lora" if config["lora_rank"] else "unet"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -194,7 +194,7 @@ def test_mistakes(tiny, tmp_path, options, message):
 
 
 def test_a_judge_that_fails_costs_no_weights(tiny, tmp_path, monkeypatch):
-    """A judge that is there at the start and gone after the first round: the round is saved all the same."""
+    """A judge that is there at the start and gone after the first epoch: the epoch is saved all the same."""
     calls = []
 
     def fickle(images, prompts, metadata):

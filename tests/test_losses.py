@@ -116,7 +116,7 @@ def test_inverse_temperature_zero_weighs_all_alike(monkeypatch):
 
 
 def test_weights_within_a_prompt(monkeypatch):
-    """Each prompt as if it were a round of its own, however far apart the prompts' rewards are."""
+    """Each prompt as if it were an epoch of its own, however far apart the prompts' rewards are."""
     monkeypatch.setattr(CONFIG, "weight_per_prompt", True)
     rewards = np.random.default_rng(0).normal(size=40)
     prompts = ["a", "b"] * 20

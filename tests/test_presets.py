@@ -11,7 +11,7 @@ from config.sweeps import SEEDS, SWEEPS, seed_jobs, tuning_jobs
 from ddpo.errors import InputError
 from ddpo.options import check
 
-# images a round, updates a round, rounds, learning rate, rank, rewards kept per prompt, advantage clip
+# images per epoch, updates per epoch, epochs, learning rate, rank, rewards kept per prompt, advantage clip
 LORA, FULL, ONE_GPU = (256, 4, 100, 3e-4, 4, 16, 5), (256, 4, 200, 1e-5, 0, 32, 10), (24, 8, 200, 3e-4, 4, 32, 5)
 INTENDED = {
     "compressibility:lora": LORA, "compressibility:full": FULL, "compressibility:one_gpu": ONE_GPU,

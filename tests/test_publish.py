@@ -152,8 +152,8 @@ def test_dry_run_and_mistakes(tiny, tmp_path, hub, monkeypatch):
     assert "see" in (tmp_path / "run/publish/README.md").read_text().split("## Licence")[1]  # none is known
     shutil.copytree(tmp_path / "run/checkpoints/epoch_0002", tmp_path / "run/checkpoints/epoch_0001")
     scripts.publish.prepare(str(tmp_path / "run"), "me/model", "epoch_0001", "", tmp_path / "run/publish")
-    card = (tmp_path / "run/publish/README.md").read_text()  # says nothing of the round after it
-    assert "from 1.25 in the first round to 1.25 in round 1\n(8 reward queries)" in card and "epoch_0001" in card
+    card = (tmp_path / "run/publish/README.md").read_text()  # says nothing of the epoch after it
+    assert "from 1.25 in the first epoch to 1.25 in epoch 1\n(8 reward queries)" in card and "epoch_0001" in card
     assert not (tmp_path / "run/publish/before_after.png").exists()
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(InputError, match="no token"):

@@ -29,7 +29,7 @@ from ddpo.stat_tracking import PerPromptStatTracker
 
 # ------------------------------------------------------------------------------------------------------ memory knobs
 def record(model, monkeypatch, run, batch_size, options):
-    """What a run computes on its way: every round's latents and advantages, every update's gradients; its weights."""
+    """What a run computes on its way: every epoch's latents and advantages, every update's gradients; its weights."""
     seen = {"latents": [], "prompts": [], "rewards": [], "advantages": [], "gradients": [], "weights": []}
     sample, stats = train.sample_with_logprob, train.PerPromptStatTracker.update
     clip, load = torch.nn.utils.clip_grad_norm_, train.load_policy

@@ -78,7 +78,7 @@ def test_a_reward_without_memory_is_not_blamed_on_a_prompt(images):
 
 
 def test_scores_may_come_after_the_next_batch(tiny, tmp_path):
-    """A GPU scores a batch while it samples the next. Here each round scores its first batch only once the second
+    """A GPU scores a batch while it samples the next. Here each epoch scores its first batch only once the second
     has been sampled: the same run comes out."""
     runs = {}
     for sabotage in ("by prompt", "scores come late"):

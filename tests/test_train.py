@@ -121,7 +121,7 @@ def test_a_run_is_not_overwritten(tiny, tmp_path):
 
 
 def test_bad_rewards_stop_before_any_weight_changes(tiny, tmp_path, monkeypatch):
-    """A reward that turns bad within the first round: an error, and the weights are untouched."""
+    """A reward that turns bad within the first epoch: an error, and the weights are untouched."""
     policies = []
     load = train.load_policy
     monkeypatch.setattr(train, "load_policy", lambda *a: policies.append(load(*a)) or policies[-1])

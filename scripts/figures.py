@@ -261,6 +261,34 @@ def draw_ablations(jobs):
     return figure
 
 
+def reward_at(named, gains, share=0.95):
+    """The largest gain in reward along a run at which `share` of the animals are still named, between evaluations by a
+    straight line; None if the run never falls below."""
+    for before, after in zip(range(len(named)), range(1, len(named))):
+        if named[after] < share <= named[before]:
+            part = (named[before] - share) / (named[before] - named[after])
+            return gains[before] + part * (gains[after] - gains[before])
+    return None
+
+
+def draw_frontier():
+    """What each setting of results/working_point gained, against the animals that a classifier still names: a line per
+    run, from the base model on, a dot per evaluation. Prints the gain at which 95% are named."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, line in read_results("results/working_point/runs.jsonl").items():
+        sections = [evaluation["seen, stochastic"] for evaluation in line["evaluations"]]
+        rewards, named = (np.array([s[key] for s in sections]) for key in ("reward_mean", "classifier_accuracy"))
+        gains = (rewards - rewards[0]) / abs(rewards[0])
+        axes.plot(100 * gains, 100 * named, ".-", label=name, linewidth=1)
+        at = reward_at(named, gains)
+        print(f"{name}: {gains[-1]:+.1%} with {named[-1]:.1%} named at the end; "
+              + (f"{at:+.1%} at 95% named" if at is not None else "95% are named throughout"))  # fmt: skip
+    axes.axhline(95, color="0.6", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="gain in reward, % of the base model's JPEG size", ylabel="animals named, %")
+    figure.legend(loc="outside right upper", fontsize=7)
+    return figure
+
+
 FIGURES = {  # name -> how it is drawn, from the jobs of these sweeps
     "fig4": (draw_fig4, "fig4"),
     "fig5": (draw_fig5, "fig5"),
@@ -268,6 +296,7 @@ FIGURES = {  # name -> how it is drawn, from the jobs of these sweeps
     "fig7": (draw_fig7, "fig7"),
     "lora": (draw_lora, "lora", "fig4"),
     "ablations": (draw_ablations, "ablations"),
+    "frontier": (draw_frontier,),
 }
 
 

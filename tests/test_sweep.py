@@ -79,9 +79,14 @@ def test_a_stopped_sweep_goes_on_and_its_results_are_drawn(tiny, tmp_path, monke
 def test_figures_are_drawn_from_what_is_committed(name, tmp_path, monkeypatch, capsys):
     """Every figure that the repo holds, from results/sweeps alone."""
     out = command(monkeypatch, capsys, figures.main, name, "--output", tmp_path)
-    assert "* seed 2: " in out
+    assert "* seed 2: " in out or name == "frontier"
     committed = Image.open(ROOT / f"results/figures/{name}.png")
     assert Image.open(tmp_path / f"{name}.png").size == committed.size and committed.size[0] > 900
+
+
+def test_the_reward_at_a_share_of_animals_is_interpolated():
+    assert figures.reward_at(np.array([1.0, 0.97, 0.93, 0.5]), np.array([0.0, 0.1, 0.2, 0.3])) == pytest.approx(0.15)
+    assert figures.reward_at(np.array([1.0, 0.99]), np.array([0.0, 0.1])) is None
 
 
 def test_a_sweep_that_is_stopped_tells_its_jobs_and_waits_for_them(tmp_path, monkeypatch):

@@ -136,7 +136,7 @@ def gain(folder, monkeypatch, algorithm):
         "algorithm": algorithm, "num_epochs": 2, "grid_every": 0, "grid_images": 1, "sample.num_steps": 4,
         "sample.images_per_epoch": 32, "sample.batch_size": 8, "sample.guidance_scale": 1.0, "train.batch_size": 8,
         "train.updates_per_epoch": 4, "train.learning_rate": 1e-4, "train.clip_range": 1e-2, "train.kl_range": 1e-2,
-        "train.timestep_choice": "first", "train.timestep_fraction": 0.5, "evaluate.every": 2, "evaluate.limit": 45,
+        "train.timestep_choice": "first", "train.timestep_fraction": 0.5, "evaluate.every": 2, "evaluate.limit": 24,
         "evaluate.count": 1, **CLIMBS[algorithm],
     })  # fmt: skip
     train.train(config, "test")

@@ -6,9 +6,9 @@
     accelerate launch train.py --config config/emoji.py:aesthetic                  (a reward learned from choices)
     accelerate launch train.py --config config/emoji.py:alignment                  (the embedded CLIP)
 
-128 images of 10 steps an epoch, in 8 updates, sampled and trained with guidance 3. What keeps the animals: training on the
-noisier half of the steps, a small KL penalty, guidance, a warm-up. Found on seed 10: results/working_point/README.md; what
-came of it on other seeds: results/emoji/README.md.
+128 images of 10 steps an epoch, in 8 updates, sampled and trained with guidance 3. What keeps the animals: training on
+the noisier half of the steps, a small KL penalty, guidance, a warm-up. Found on seed 10: results/working_point/README.md;
+what came of it on other seeds: results/emoji/README.md.
 """
 
 from config.base import choose_variant

@@ -95,9 +95,14 @@ PROMPT_SETS = {
 }
 
 
+def is_file(name):
+    """Whether the name of a prompt set is meant as a file's path."""
+    return "/" in name or name.endswith((".txt", ".jsonl"))
+
+
 def get_prompts(name):
     """The `(prompt, metadata)` pairs of the set called `name`, or of the file at the path `name`."""
-    if "/" in name or name.endswith((".txt", ".jsonl")):
+    if is_file(name):
         return from_file(name)
     return choose("prompt set", name, PROMPT_SETS)()
 

@@ -262,8 +262,8 @@ def draw_ablations(jobs):
 
 
 def reward_at(named, gains, share=0.95):
-    """The largest gain in reward along a run at which `share` of the animals are still named, between evaluations by a
-    straight line; None if the run never falls below."""
+    """The gain in reward at which a run's share of named animals first falls below `share`, between evaluations by a
+    straight line; None if it never does."""
     for before, after in zip(range(len(named)), range(1, len(named))):
         if named[after] < share <= named[before]:
             part = (named[before] - share) / (named[before] - named[after])

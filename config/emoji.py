@@ -7,8 +7,8 @@
     accelerate launch train.py --config config/emoji.py:alignment                  (the embedded CLIP)
 
 128 images of 10 steps an epoch, in 8 updates, sampled and trained with guidance 3. What keeps the animals: training on
-the noisier half of the steps, a small KL penalty, guidance, a warm-up. Found on seed 10: results/working_point/README.md;
-what came of it on other seeds: results/emoji/README.md.
+the noisier half of the steps, a small KL penalty, guidance, a warm-up. Found on seed 10, in
+results/working_point/README.md; what came of it on other seeds: results/emoji/README.md.
 """
 
 from config.base import choose_variant

@@ -41,7 +41,7 @@ class Run:
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         if self.device.type == "cpu":
             threads = use_cpu(config.threads, self.processes)
-            self.print(f"no GPU: {self.processes} process(es) with {threads} CPU thread(s) each")
+            self.print(f"on the CPU: {self.processes} process(es) with {threads} thread(s) each")
         self.done = 0  # epochs that the weights have been trained for
         self.saved = None  # epochs in the newest checkpoint
 

@@ -147,7 +147,7 @@ def test_gradient_before_any_update_is_the_policy_gradient(algorithm):
 
 
 def test_clipping_stops_the_gradient_only_where_it_would_overshoot():
-    shift = torch.tensor([0.02, 0.02, -0.02, -0.02, 0.005, -0.005], requires_grad=True)  # log ratio
+    shift = torch.tensor([0.015, 0.015, -0.015, -0.015, 0.005, -0.005], requires_grad=True)  # log ratio
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
     loss, info = ddpo_is(Transitions(shift, torch.zeros(6), torch.zeros(6)), advantage, CONFIG)
     (gradient,) = torch.autograd.grad(loss.sum(), shift)

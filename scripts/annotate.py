@@ -243,7 +243,9 @@ def make_pairs(args, output):
         config, policy = open_model(args)
         policy.set_timesteps(config.sample.num_steps)
         name = args.prompts[0] if args.prompts else config.prompts
-        known = len(args.prompts) <= 1 and (name in prompts.PROMPT_SETS or "/" in name or name.endswith((".txt", ".jsonl")))
+        known = len(args.prompts) <= 1 and (
+            name in prompts.PROMPT_SETS or "/" in name or name.endswith((".txt", ".jsonl"))
+        )
         prompt_set = prompts.get_prompts(name) if known else [(text, {}) for text in args.prompts]
         prompts.check_length([text for text, _ in prompt_set], policy.pipe.tokenizer)
         draw_pairs(policy, prompt_set, output, len(existing), args.pairs, config.sample, args.seed)

@@ -275,6 +275,7 @@ def draw_frontier():
     """What each setting of results/working_point gained, against the animals that a classifier still names: a line per
     run, from the base model on, a dot per evaluation. Prints the gain at which 95% are named."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.set_prop_cycle(color=plt.cm.tab20.colors)
     for name, line in read_results("results/working_point/runs.jsonl").items():
         sections = [evaluation["seen, stochastic"] for evaluation in line["evaluations"]]
         rewards, named = (np.array([s[key] for s in sections]) for key in ("reward_mean", "classifier_accuracy"))

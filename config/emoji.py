@@ -16,7 +16,7 @@ from config.base import get_config as base
 
 TASKS = {  # name -> reward, prompts, epochs, and the method used
     "compressibility": ("jpeg_compressibility", "common_animals", 12, "full"),
-    "incompressibility": ("jpeg_incompressibility", "common_animals", 8, "full"),
+    "incompressibility": ("jpeg_incompressibility", "common_animals", 12, "full"),
     "aesthetic": ("learned:models/emoji-taste", "common_animals", 8, "lora"),
     "alignment": ("clipscore:models/emoji/clip", "animal_activities", 8, "lora"),
 }

@@ -130,8 +130,9 @@ def test_readme_links_every_page_once():
 
 
 def test_readme_is_read_to_the_end():
-    """At most 1,400 words, tables included, code blocks aside."""
-    assert len(re.sub(r"```.*?```", "", README.read_text(), flags=re.DOTALL).split()) <= 1400
+    """At most 1,400 words, tables included, code blocks aside; the bars between a table's cells are no words."""
+    text = re.sub(r"```.*?```", "", README.read_text(), flags=re.DOTALL)
+    assert len(re.findall(r"\S*\w\S*", text)) <= 1400
 
 
 def test_no_page_speaks_of_rounds():

@@ -104,6 +104,7 @@ def ablations():
 
 
 SWEEPS = {"fig4": fig4, "fig5": fig5, "fig7": fig7, "lora": lora, "ablations": ablations}
+PICTURED = ("fig4", "fig5", "fig7")  # whose figures show pictures
 
 
 def job_of(curve, options, rate, seed):

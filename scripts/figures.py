@@ -7,14 +7,12 @@ tried is drawn at the best one; what every job came to is printed, the others' t
 """
 
 import argparse
-import glob
 import json
 import os
 import re
 
 import matplotlib
 import numpy as np
-from PIL import Image
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -27,7 +25,7 @@ from ddpo.evaluation import split_prompts  # noqa: E402
 from ddpo.images import grid_columns  # noqa: E402
 from ddpo.options import flatten  # noqa: E402
 from scripts.plot import plot_band  # noqa: E402
-from scripts.results import read_results  # noqa: E402
+from scripts.results import read_pictures, read_results  # noqa: E402
 from scripts.sweep import best_rates, final_reward  # noqa: E402
 
 LABELS = {
@@ -43,14 +41,13 @@ plt.rcParams["svg.hashsalt"] = "ddpo"  # the same file for the same numbers
 class Job:
     """A finished run of a sweep."""
 
-    def __init__(self, grids, line):
-        """grids: the folder of the sweep's picture grids. line: of the sweep's results."""
+    def __init__(self, line, pictures):
+        """line: of the sweep's results. pictures: {curve: {epoch: picture grid}} of the first seed."""
         name = re.fullmatch(r"([^-]+)-(.+)-lr(.+)-seed(\d+)", line["run"]).groups()
         self.panel, self.curve, self.rate, self.seed = *name[:2], float(name[2]), int(name[3])
         self.metrics, self.evaluations, self.facts = line["metrics"], line["evaluations"], line
         self.options = flatten(get_config()) | line["options"]
-        prefix = os.path.join(grids, line["run"] + "-epoch_")
-        self.grids = {int(path[len(prefix) : -4]): path for path in sorted(glob.glob(glob.escape(prefix) + "*.png"))}
+        self.grids = pictures.get(f"{self.panel}-{self.curve}", {})
 
     def evaluated(self, section, key):
         """A measure of all evaluations: (E,), e.g. of "seen, stochastic" the "diversity"."""
@@ -66,7 +63,8 @@ def read_jobs(results, sweep):
     lines = read_results(os.path.join(results, f"{sweep}.jsonl"))
     if not lines:
         raise InputError(f"{results}/{sweep}.jsonl has no finished job: run python -m scripts.sweep {sweep}")
-    jobs = [Job(os.path.join(results, sweep), lines[name]) for name in sorted(lines)]
+    pictures = read_pictures(os.path.join(results, f"{sweep}.png"))
+    jobs = [Job(lines[name], pictures) for name in sorted(lines)]
     best = best_rates(SWEEPS[sweep](), lines)
     for job in jobs:
         chosen = best.get(f"{job.panel}-{job.curve}") == job.rate
@@ -90,9 +88,8 @@ def rewards_of(jobs):
     return np.stack([job.metrics["reward_mean"] for job in jobs])
 
 
-def grid_pictures(path, count):
-    """The pictures in a run's picture grid of `count` (ddpo/tracking.py: image_grid)."""
-    grid = Image.open(path)
+def grid_pictures(grid, count):
+    """The pictures in a run's picture grid of `count` (ddpo/images.py: image_grid)."""
     columns = grid_columns(count)
     width, height = grid.width // columns, grid.height // -(-count // columns)
     corners = [(i % columns * width, i // columns * height) for i in range(count)]

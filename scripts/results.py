@@ -1,4 +1,5 @@
-"""The results that are committed: one file per sweep, a JSON line per finished run.
+"""The results that are committed: one file per sweep, a JSON line per finished run, and for those whose figure shows
+some, a PNG of picture grids.
 
 run            its name
 options        those that differ from config/base.py, by dotted name
@@ -11,6 +12,7 @@ import json
 import os
 
 import numpy as np
+from PIL import Image, PngImagePlugin
 
 from config.base import get_config
 from ddpo.options import flatten, read_options
@@ -58,6 +60,35 @@ def summarise(run_dir):
     keys = [key for key in lines["metrics"][0] if all(key in line for line in lines["metrics"])]
     metrics = {key: [line[key] for line in lines["metrics"]] for key in keys}
     return {"options": options, "metrics": metrics, "evaluations": lines.get("evaluation", [])}
+
+
+def read_pictures(path):
+    """{curve: {epoch: its picture grid}} of a sweep's PNG; {} if there is no such file."""
+    if not os.path.exists(path):
+        return {}
+    montage = Image.open(path).convert("RGB")
+    rows = json.loads(montage.info.pop("rows"))
+    width, height = montage.width // max(map(len, rows.values())), montage.height // len(rows)
+    return {
+        curve: {epoch: montage.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
+                for x, epoch in enumerate(epochs)} for y, (curve, epochs) in enumerate(rows.items())
+    }  # fmt: skip
+
+
+def add_pictures(path, curve, grids):
+    """Adds {epoch: picture grid} of a curve to a sweep's PNG, or replaces them there: a row per curve, a column per
+    epoch, both named in the PNG's own text. All grids of a sweep have one size."""
+    rows = read_pictures(path) | {curve: grids}
+    width, height = next(iter(grids.values())).size
+    montage = Image.new("RGB", (width * max(map(len, rows.values())), height * len(rows)), "white")
+    for y, row in enumerate(rows.values()):
+        for x, grid in enumerate(row.values()):
+            montage.paste(grid, (x * width, y * height))
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("rows", json.dumps({curve: list(row) for curve, row in rows.items()}))
+    montage.save(path + ".tmp", format="png", pnginfo=text, optimize=True)
+    os.replace(path + ".tmp", path)
 
 
 def to_six_digits(value):

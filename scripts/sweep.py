@@ -4,16 +4,15 @@
 
 Each job is a run of train.py with one CPU thread (--threads), in runs/sweeps/NAME/JOB. First every learning rate to
 try runs on one seed, then the best ones on the others. A job that is done becomes a line of results/sweeps/NAME.jsonl
-(see scripts/results.py), and the first seed's picture grids go to results/sweeps/NAME. Jobs that are there already are
-skipped. A sweep that was stopped with Ctrl-C or killed goes on where it was when it is started again: a job that had
-begun resumes from its last checkpoint.
+(see scripts/results.py). Where the figure shows pictures (PICTURED), those of the first seed at the best learning rate
+go to NAME.png beside it. Jobs that are there already are skipped. A sweep that was stopped with Ctrl-C or killed goes
+on where it was when it is started again: a job that had begun resumes from its last checkpoint.
 """
 
 import argparse
 import glob
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,15 +20,16 @@ import time
 from datetime import timedelta
 
 import torch
+from PIL import Image
 
 from config.base import get_config
-from config.sweeps import SEEDS, SWEEPS, job_of, seed_jobs, tuning_jobs
+from config.sweeps import PICTURED, SEEDS, SWEEPS, job_of, seed_jobs, tuning_jobs
 from ddpo.checkpoint import list_checkpoints
 from ddpo.errors import InputError, choose, run_script
 from ddpo.options import NO_EFFECT, flatten, load_preset, read_options
 from scripts.plot import read_metrics
 from scripts.provenance import commit, processor
-from scripts.results import add_result, read_results
+from scripts.results import add_pictures, add_result, read_results
 
 
 def train_command(options, threads):
@@ -65,18 +65,21 @@ def start(run_dir, options, threads):
 
 
 def collect(run_dir, results, sweep, job, facts):
-    """Adds a finished run to the sweep's results, and the picture grids that a figure may show: those of the first
-    seed. Returns its line."""
-    seconds = read_metrics(run_dir)["seconds"].sum()
+    """Adds a finished run to the sweep's results, and its picture grids if it is the best so far of the first seed's.
+    Returns its line."""
+    metrics = read_metrics(run_dir)
     weights = glob.glob(os.path.join(list_checkpoints(run_dir)[-1], "*", "*.safetensors"))  # in lora/ or unet/
-    facts |= {"seconds": round(float(seconds), 1), "weights_mb": round(sum(map(os.path.getsize, weights)) / 1e6, 3)}
-    options = read_options(run_dir)
-    if options["seed"] == SEEDS[0]:
-        grids = sorted(os.listdir(os.path.join(run_dir, "images")))
-        os.makedirs(os.path.join(results, sweep), exist_ok=True)
-        for grid in grids if options["grid_every"] else grids[-1:]:
-            shutil.copy(os.path.join(run_dir, "images", grid), os.path.join(results, sweep, f"{job}-{grid}"))
-    return add_result(os.path.join(results, f"{sweep}.jsonl"), run_dir, job, facts)
+    facts["seconds"] = round(float(metrics["seconds"].sum()), 1)
+    facts["weights_mb"] = round(sum(map(os.path.getsize, weights)) / 1e6, 3)
+    path = os.path.join(results, f"{sweep}.jsonl")
+    curves, finished = SWEEPS[sweep](), read_results(path) | {job: {"metrics": metrics}}
+    for curve, rate in best_rates(curves, finished).items():
+        if sweep in PICTURED and job == job_of(curve, curves[curve], rate, SEEDS[0])[0]:
+            grids = sorted(glob.glob(os.path.join(glob.escape(run_dir), "images", "epoch_*.png")))
+            grids = grids if read_options(run_dir)["grid_every"] else grids[-1:]
+            pictures = {int(grid[-8:-4]): Image.open(grid) for grid in grids}  # epoch_0012.png
+            add_pictures(os.path.join(results, f"{sweep}.png"), curve, pictures)
+    return add_result(path, run_dir, job, facts)  # last: it marks the job as done
 
 
 def final_reward(metrics):

@@ -12,7 +12,7 @@ from test_train import metrics
 from config.sweeps import tuning_jobs
 from ddpo.errors import InputError
 from scripts import figures, sweep
-from scripts.results import read_results
+from scripts.results import add_pictures, read_pictures, read_results
 
 
 def command(monkeypatch, capsys, main, *arguments):
@@ -53,7 +53,9 @@ def test_a_stopped_sweep_goes_on_and_its_results_are_drawn(tiny, tmp_path, monke
         assert len(line["metrics"]["epoch"]) == 2 and line["options"]["sample.num_steps"] == 3
         assert line.keys() >= {"command", "commit", "hardware", "threads", "seconds", "weights_mb"}
         assert f"seed={job[-1]}" in line["command"] and line["weights_mb"] > 0
-        assert (results / f"fig4/{job}-epoch_0002.png").exists() == (job[-1] == "0")
+    images = runs / f"fig4/task-ddpo_is-lr{best}-seed0/images"
+    grids = {epoch: Image.open(images / f"epoch_{epoch:04d}.png").convert("RGB") for epoch in range(3)}
+    assert read_pictures(results / "fig4.png") == {"task-ddpo_is": grids}
     begin = sweep.start
     monkeypatch.setattr(sweep, "start", None)  # nothing may be started
     assert command(*arguments).count("jobs, 2 of them done") == 1
@@ -82,6 +84,16 @@ def test_figures_are_drawn_from_what_is_committed(name, tmp_path, monkeypatch, c
     assert "* seed 2: " in out or name == "frontier"
     committed = Image.open(ROOT / f"results/figures/{name}.png")
     assert Image.open(tmp_path / f"{name}.png").size == committed.size and committed.size[0] > 900
+
+
+def test_pictures_come_back_as_they_were_added(tmp_path):
+    """Curves with other numbers of grids, one of them replaced, which keeps its row."""
+    path, grids = str(tmp_path / "x.png"), [Image.new("RGB", (6, 4), (shade, 0, 0)) for shade in range(6)]
+    for curve, epochs in (("a", (0, 5)), ("b", (12,)), ("a", (0, 5, 10))):
+        add_pictures(path, curve, {epoch: grids[epoch // 5 + len(epochs)] for epoch in epochs})
+    assert read_pictures(path) == {"a": {0: grids[3], 5: grids[4], 10: grids[5]}, "b": {12: grids[3]}}
+    assert list(read_pictures(path)) == ["a", "b"] and Image.open(path).size == (18, 8)
+    assert read_pictures(tmp_path / "none.png") == {}
 
 
 def test_the_reward_at_a_share_of_animals_is_interpolated():

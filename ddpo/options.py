@@ -91,7 +91,7 @@ def check(config, processes=1):
         )
     for name in ("kl_weight", "target_kl"):
         if config.algorithm in ("rwr", "rwr_sparse") and train[name]:
-            raise InputError(f"train.{name} = {train[name]}: {config.algorithm} scores no steps that could be compared")
+            raise InputError(f"train.{name} = {train[name]}: {config.algorithm} compares no steps: use 0")
     if config.advantage in ("per_group", "leave_one_out") and sample.images_per_prompt == 1:
         raise InputError(
             f"advantage {config.advantage} compares images of one prompt: set sample.images_per_prompt to 2 or more"

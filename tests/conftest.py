@@ -89,10 +89,12 @@ def http_server():
         server.shutdown()
 
 
-SMALL = {  # a run of seconds
+SMALL = {  # a run of seconds, whatever the preset's working point
     "threads": 1, "lora_rank": 4, "num_epochs": 2, "grid_images": 2,
     "prompts": "common_animals", "sample.num_steps": 3, "sample.images_per_epoch": 8, "sample.batch_size": 4,
-    "train.batch_size": 4, "train.updates_per_epoch": 2,
+    "train.batch_size": 4, "train.updates_per_epoch": 2, "train.learning_rate": 3e-4, "train.warmup_updates": 0,
+    "train.clip_range": 1e-2, "train.timestep_choice": "random", "train.timestep_fraction": 1.0, "train.kl_weight": 0.0,
+    "train.ema_decay": 0.0, "stats.shrinkage": 0.0, "sample.guidance_scale": 1.0,
 }  # fmt: skip
 
 

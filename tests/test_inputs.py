@@ -17,7 +17,10 @@ MISTAKES = {
     "a group of one": ({"advantage": "per_group"}, ["advantage per_group", "sample.images_per_prompt to 2"]),
     "unknown advantage": ({"advantage": "per_grup"}, ["unknown advantage 'per_grup'", "Did you mean per_group?"]),
     "unknown timesteps": ({"train__timestep_choice": "last"}, ["unknown timestep choice 'last'", "window"]),
-    "KL of no steps": ({"algorithm": "rwr", "train__kl_weight": 0.1}, ["train.kl_weight = 0.1", "rwr scores no steps"]),
+    "KL of no steps": (
+        {"algorithm": "rwr", "train__kl_weight": 0.1},
+        ["train.kl_weight = 0.1", "rwr compares no steps: use 0"],
+    ),
     "an average of nothing": ({"train__ema_decay": 1.5}, ["train.ema_decay = 1.5", "at most 1"]),
     "no such model folder": ({"model": "./models/emojy"}, ["'./models/emojy'", "no such folder"]),
     "no such model": ({"model": "models/emojy"}, ["'models/emojy'", "could not be had from the hub"]),

@@ -146,13 +146,16 @@ def test_sampler_equals_diffusers_pipeline(model, request):
     assert shape == (4, 10, 6)
     prompts = ["a cat", "a dog"]
     noise = [torch.randn(7, *shape, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    ours = sample_with_logprob(policy, prompts, noise.__getitem__, guidance_scale=4.0, eta=0.0)
+    ours = sample_with_logprob(policy, prompts, noise.__getitem__, guidance_scale=4.0, eta=0.0, keep_steps=True)
     latents = torch.stack([n[0] for n in noise])
     theirs = policy.pipe(
         prompts, height=40, width=24, num_inference_steps=6, guidance_scale=4.0, eta=0.0, latents=latents,
         output_type="np",
     ).images  # fmt: skip
-    assert ours.latents.shape == (2, 7, *shape) and ours.log_probs.shape == (2, 6) and len(ours.timesteps) == 6
+    assert ours.latents.shape == (2, 7, *shape) and ours.means.shape == (2, 6, *shape)
+    assert ours.log_probs.shape == (2, 6) and len(ours.timesteps) == 6
+    final = sample_with_logprob(policy, prompts, noise.__getitem__, guidance_scale=4.0, eta=0.0).latents
+    assert torch.equal(final, ours.latents[:, -1:])  # all that is kept otherwise
     assert [i.size for i in ours.images] == [(24, 40)] * 2
     np.testing.assert_allclose(np.stack([np.asarray(i) for i in ours.images]), theirs * 255, atol=1.01)
 
@@ -174,9 +177,9 @@ def test_sampling_does_not_depend_on_the_batch_size(tiny):
     def noise(i):
         return torch.randn(5, *policy.latent_shape(), generator=torch.Generator().manual_seed(i))
 
-    whole = sample_with_logprob(policy, prompts, noise, 5.0, 1.0)
+    whole = sample_with_logprob(policy, prompts, noise, 5.0, 1.0, keep_steps=True)
     for batch_size in (1, 2, 4):
-        parts = sample_with_logprob(policy, prompts, noise, 5.0, 1.0, batch_size)
+        parts = sample_with_logprob(policy, prompts, noise, 5.0, 1.0, batch_size, keep_steps=True)
         torch.testing.assert_close(parts.latents, whole.latents, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(parts.log_probs, whole.log_probs, rtol=1e-5, atol=1e-5)
 
@@ -188,7 +191,8 @@ def test_ratio_is_one_before_any_update(tiny):
         policy.scheduler.set_timesteps(5)
         noise = torch.randn(6, 6, *policy.latent_shape(), generator=torch.Generator().manual_seed(0))
         prompts = ["a cat", "a dog", "an ant", "a bee", "a cat", "a cow"]
-        _, latents, log_probs, timesteps = sample_with_logprob(policy, prompts, noise.__getitem__, 5.0, 1.0)
+        drawn = sample_with_logprob(policy, prompts, noise.__getitem__, 5.0, 1.0, keep_steps=True)
+        latents, log_probs, timesteps = drawn.latents, drawn.log_probs, drawn.timesteps
         embeds, negative = policy.embed(prompts), policy.embed([""])
         for rows in (slice(0, 6), slice(0, 4)):
             for step in range(5):
@@ -258,7 +262,7 @@ def test_kl_to_the_base_model_starts_at_zero_and_leads_back(tiny, rank):
     config.train.kl_weight = 1.0
     policy.prepare_training(config.train)
     latents = torch.randn(3, 11, *policy.latent_shape())
-    trajectories = Trajectories([], latents, torch.zeros(3, 10), policy.scheduler.timesteps)
+    trajectories = Trajectories([], latents, latents[:, 1:], torch.zeros(3, 10), policy.scheduler.timesteps)
     rollout = Rollout(policy, config, ALGORITHMS["ddpo_is"], 0, [0, 1, 2], ["a cat", "a dog", ""], trajectories)
 
     def kl():

@@ -181,7 +181,8 @@ def test_warm_up(tiny, tmp_path):
     launch(run_dir=tmp_path / "warm", train__learning_rate=4e-3, train__warmup_updates=4, **options)
     launch(run_dir=tmp_path / "plain", train__learning_rate=1e-3, num_epochs=1, **options)
     launch(run_dir=tmp_path / "parts", train__learning_rate=4e-3, train__warmup_updates=4, num_epochs=1, **options)
-    launch(resume=tmp_path / "parts", num_epochs=2, direct=True, train__updates_per_epoch=1)
+    rate = {"train__learning_rate": 4e-3, "train__warmup_updates": 4}
+    launch(resume=tmp_path / "parts", num_epochs=2, direct=True, train__updates_per_epoch=1, **rate)
     for epoch, other in ((1, "plain"), (2, "parts")):
         ours, theirs = weights(tmp_path / "warm", epoch), weights(tmp_path / other, epoch)
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -146,6 +146,12 @@ def test_gradient_before_any_update_is_the_policy_gradient(algorithm):
     assert not any(value.any() for value in info.values())
 
 
+@pytest.mark.parametrize("name", ["ddpo_is", "ddpo_mask", "ddpo_smooth", "ddpo_sf"])
+def test_advantages_are_clipped_on_both_sides(name):
+    clipped = ALGORITHMS[name].weigh(None, np.array([-3.0, -1.0, 1.5, 7.0]), None, SimpleNamespace(advantage_clip=2.0))
+    assert clipped.tolist() == [-2.0, -1.0, 1.5, 2.0]
+
+
 def test_clipping_stops_the_gradient_only_where_it_would_overshoot():
     shift = torch.tensor([0.015, 0.015, -0.015, -0.015, 0.005, -0.005], requires_grad=True)  # log ratio
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])

@@ -65,12 +65,6 @@ def ddim_step_mean_std(scheduler, model_output, timestep, sample, eta):
     return mean, std
 
 
-def step_stds(scheduler, eta):
-    """sigma_t of the T steps of a sampler: (T,) float32."""
-    zeros = torch.zeros(len(scheduler.timesteps), 1)
-    return ddim_step_mean_std(scheduler, zeros, scheduler.timesteps, zeros, eta)[1].flatten()
-
-
 def ddim_step_with_logprob(scheduler, model_output, timestep, sample, eta, prev_sample=None, noise=None):
     """Takes a DDIM step, or scores one that was taken.
 

@@ -68,14 +68,6 @@ def diversity(embeddings, count):
     return float(1 - ((sums**2).sum(-1) - count).mean() / (count**2 - count))
 
 
-def places(pairs):
-    """{prompt: where it stands in a list of (prompt, metadata) pairs}."""
-    found = {}
-    for i, (prompt, _) in enumerate(pairs):
-        found.setdefault(prompt, []).append(i)
-    return found
-
-
 def score(images, pairs, judges, clip, classifier, timeout):
     """{name: (B,) values} of B pictures of B (prompt, metadata) pairs, and their "embedding" (B, D). Accuracy is nan
     where the prompt's last word, or the metadata's "animal", is none of the classifier's labels."""
@@ -140,8 +132,8 @@ def evaluate(policy, sets, count, judges, sample, clip=None, classifier=None, se
             measured = {key: float(value.mean()) for key, value in known.items() if len(value)}
             if embeddings is not None and count > 1:
                 measured["diversity"] = diversity(embeddings, count)
-            own = values[next(iter(judges))]
-            measured["by_prompt"] = {text: float(own[where].mean()) for text, where in places(drawn).items()}
+            own, texts = values[next(iter(judges))], np.array([text for text, _ in drawn])
+            measured["by_prompt"] = {text: float(own[texts == text].mean()) for text, _ in pairs}
             result[f"{kind}, {sampling}"] = measured
     return result, shown
 

@@ -158,23 +158,24 @@ async def ask_server(address, model, timeout, concurrency, images, questions):
     free = asyncio.Semaphore(concurrency)
 
     async def ask(i):
-        picture = f"data:image/jpeg;base64,{base64.b64encode(as_jpeg(images[i])).decode()}"
-        content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": questions[i]}]
-        chat = [{"role": "user", "content": content}]
         try:
             async with free:
+                picture = f"data:image/jpeg;base64,{base64.b64encode(as_jpeg(images[i])).decode()}"
+                content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": questions[i]}]
+                chat = [{"role": "user", "content": content}]
                 answer = await client.chat.completions.create(
                     model=model, messages=chat, max_tokens=MAX_TOKENS, temperature=0, stream=False
                 )
-            choice = answer.choices[0]
-            return read_answer(choice.message.content, choice.finish_reason, choice.message.refusal)
-        except (IndexError, TypeError, AttributeError) as error:
-            raise InputError(f"{address} answered picture {i} with no message: {one_line(answer)}") from error
         except openai.OpenAIError as error:
             raise InputError(
                 f"{address} failed on picture {i} of {len(images)} ({shorten(questions[i])}) after {ATTEMPTS} "
                 f"attempts at most: {describe(error)}"
             ) from error
+        try:
+            choice = answer.choices[0]
+            return read_answer(choice.message.content, choice.finish_reason, choice.message.refusal)
+        except (IndexError, TypeError, AttributeError) as error:
+            raise InputError(f"{address} answered picture {i} with no message: {one_line(answer)}") from error
 
     async with open_client(address, timeout, ATTEMPTS) as client:
         tasks = [asyncio.create_task(ask(i)) for i in range(len(images))]
@@ -210,6 +211,7 @@ def describe(error):
 
 
 def one_line(text):
+    """What a server said as one line of at most 300 characters, without the key."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     line = " ".join(str(text).split())
     return (line.replace(key, "***") if key else line)[:300]

@@ -13,20 +13,10 @@ import matplotlib
 import numpy as np
 
 from ddpo.errors import InputError, run_script
-from ddpo.reward_model import read_jsonl
-from scripts.results import read_results
+from scripts.results import read_metrics, read_results
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-
-
-def read_metrics(run):
-    """{key: array over epochs} of a run's metrics.jsonl: those keys that all its lines have."""
-    path = os.path.join(run, "metrics.jsonl")
-    lines = read_jsonl(path) if os.path.exists(path) else []
-    if not lines:
-        raise InputError(f"{run!r} is not a run with a finished epoch: no lines in its metrics.jsonl")
-    return {key: np.array([line[key] for line in lines]) for key in lines[0] if all(key in line for line in lines)}
 
 
 def plot_band(axes, x, y, name):
@@ -42,8 +32,7 @@ def main():
     parser.add_argument("--key", default="reward_mean")
     parser.add_argument("--output", default="runs/curve.png")
     args = parser.parse_args()
-    groups = {}
-    runs = {}
+    groups, runs = {}, {}
     for path in args.runs:
         found = {path: read_metrics(path)} if not path.endswith(".jsonl") else {
             run: line["metrics"] for run, line in read_results(path).items()

@@ -21,7 +21,7 @@ from PIL import Image
 from ddpo.checkpoint import epoch_of, list_checkpoints
 from ddpo.errors import InputError, run_script
 from ddpo.options import flatten
-from scripts.plot import read_metrics
+from scripts.results import read_metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -15,7 +15,9 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from config.base import get_config
+from ddpo.errors import InputError
 from ddpo.options import flatten, read_options
+from ddpo.reward_model import read_jsonl
 
 
 def read_results(path):
@@ -27,6 +29,15 @@ def read_results(path):
     for line in lines:
         line["metrics"] = {key: np.array(values) for key, values in line["metrics"].items()}
     return {line["run"]: line for line in lines}
+
+
+def read_metrics(run):
+    """{key: array over epochs} of a run's metrics.jsonl: those keys that all its lines have."""
+    path = os.path.join(run, "metrics.jsonl")
+    lines = read_jsonl(path) if os.path.exists(path) else []
+    if not lines:
+        raise InputError(f"{run!r} is not a run with a finished epoch: no lines in its metrics.jsonl")
+    return {key: np.array([line[key] for line in lines]) for key in lines[0] if all(key in line for line in lines)}
 
 
 def add_result(path, run_dir, name, facts):
@@ -51,15 +62,10 @@ def summarise(run_dir):
     options = {
         k: v for k, v in read_options(run_dir).items() if defaults.get(k) != v and k not in ("run_dir", "resume")
     }
-    lines = {}
-    for name in ("metrics", "evaluation"):
-        path = os.path.join(run_dir, f"{name}.jsonl")
-        if os.path.exists(path):
-            with open(path) as f:
-                lines[name] = [to_six_digits(json.loads(line)) for line in f]
-    keys = [key for key in lines["metrics"][0] if all(key in line for line in lines["metrics"])]
-    metrics = {key: [line[key] for line in lines["metrics"]] for key in keys}
-    return {"options": options, "metrics": metrics, "evaluations": lines.get("evaluation", [])}
+    metrics = {key: [to_six_digits(v) for v in values.tolist()] for key, values in read_metrics(run_dir).items()}
+    path = os.path.join(run_dir, "evaluation.jsonl")
+    evaluations = [to_six_digits(line) for line in read_jsonl(path)] if os.path.exists(path) else []
+    return {"options": options, "metrics": metrics, "evaluations": evaluations}
 
 
 def read_pictures(path):

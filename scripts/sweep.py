@@ -27,9 +27,8 @@ from config.sweeps import PICTURED, SEEDS, SWEEPS, job_of, seed_jobs, tuning_job
 from ddpo.checkpoint import list_checkpoints
 from ddpo.errors import InputError, choose, run_script
 from ddpo.options import NO_EFFECT, flatten, load_preset, read_options
-from scripts.plot import read_metrics
 from scripts.provenance import commit, processor
-from scripts.results import add_pictures, add_result, read_results
+from scripts.results import add_pictures, add_result, read_metrics, read_results
 
 
 def train_command(options, threads):

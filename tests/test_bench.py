@@ -25,6 +25,25 @@ def test_bench(tiny, tmp_path):
     assert row["images_per_second_training"][0] > row["images_per_second"][0] > 0
 
 
+def test_gpu_check(tmp_path):
+    """It runs to its end without a GPU, and says of what a CPU's attention cannot do that it is not available."""
+    command = [sys.executable, "-m", "scripts.gpu_check", "--size", "tiny", "--batch_sizes", "2", "4"]
+    result = subprocess.run([*command, "--output", tmp_path / "found.json"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert all(found["ratio_error"][f"{p}, default"] == 0 for p in ("fp32", "tf32", "bf16", "fp16"))
+    assert found["ratio_error"]["fp32, cudnn"].startswith("not available") or torch.cuda.is_available()
+    small, large = (found[f"LoRA 4, bf16, batch {size}"] for size in (2, 4))
+    assert small["images_per_second"] > 0 and large["train_tflop"] > 0
+    assert found["full, fp32, batch 4"]["train_tflop"] > large["train_tflop"]  # gradients of all weights
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_check_without_a_gpu():
+    result = subprocess.run([sys.executable, "-m", "scripts.gpu_check"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and "--size tiny" in result.stderr.strip().splitlines()[-1]
+
+
 def test_peak_memory_is_counted():
     """Three tensors, of which two live at a time; a view holds no memory of its own."""
     with Peak() as peak:

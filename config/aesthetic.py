@@ -8,8 +8,7 @@ Prompts: the 45 common animals. Needs openai/clip-vit-large-patch14 and the head
 the hub, or `--config.reward=aesthetic:HEAD.pth`. A reward model of your own: `--config.reward=learned:FOLDER`.
 
 256 images an epoch, in 2 updates (LoRA, 200 epochs) or 4 (full, 200 epochs); `one_gpu`: 24 in 8, 200 epochs. Not yet
-run on the real weights, nor has the time or the memory been measured on a GPU; the reward has been tested with the real
-head.
+run on the real weights; the reward has been tested with the real head.
 """
 
 from config import compressibility

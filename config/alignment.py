@@ -9,8 +9,7 @@ Prompts: 45 animals washing the dishes, riding a bike or playing chess. LLaVA 1.
 default, whose 13 billion weights take 26 GB in half precision; elsewhere: `--config.reward=alignment:http://HOST:PORT/v1`.
 
 288 images an epoch in 2 updates (LoRA) or 256 in 4 (full), 200 epochs; `one_gpu`: 24 in 8, 200 epochs. Not yet run on
-the real weights, nor has the time or the memory been measured on a GPU. The way to a server has been, with
-`transformers serve`.
+the real weights; the way to a server has been tested, with `transformers serve`.
 """
 
 from config import compressibility

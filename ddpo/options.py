@@ -68,9 +68,13 @@ def check(config, processes=1):
         ("train.warmup_updates", train.warmup_updates, 0),
         ("evaluate.every", config.evaluate.every, 0), ("evaluate.limit", config.evaluate.limit, 1),
         ("evaluate.count", config.evaluate.count, 2 if config.evaluate.clip else 1),
+        ("reward_options.batch_size", config.reward_options.batch_size, 1),
+        ("reward_options.concurrency", config.reward_options.concurrency, 1),
     ):  # fmt: skip
         if value < lowest:
             raise InputError(f"{name} = {value} must be at least {lowest}")
+    if config.seed >= 2**64:
+        raise InputError(f"seed = {config.seed} must be below 2^64")
     for name, value, highest in (
         ("stats.shrinkage", config.stats.shrinkage, math.inf),
         ("train.inverse_temperature", train.inverse_temperature, math.inf),
@@ -81,7 +85,7 @@ def check(config, processes=1):
         ("train.adam_epsilon", train.adam_epsilon, math.inf),
         ("held_out", config.held_out, 1), ("reward_options.max_unusable", config.reward_options.max_unusable, 1),
     ):  # fmt: skip
-        if not 0 <= value <= highest:
+        if not 0 <= value <= highest or value == math.inf:
             raise InputError(f"{name} = {value} must be at least 0" + (f", at most {highest}" if highest < 101 else ""))
     updates = train.updates_per_epoch * train.inner_epochs
     if config.algorithm == "ddpo_sf" and updates > 1:
@@ -99,16 +103,20 @@ def check(config, processes=1):
     for name in ("learning_rate", "clip_range", "kl_range", "advantage_clip", "max_grad_norm", "timestep_fraction"):
         if not train[name] > 0:
             raise InputError(f"train.{name} = {train[name]} must be greater than 0")
+    if train.learning_rate == math.inf:
+        raise InputError("train.learning_rate = inf must be a finite number")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= train[name] < 1:
             raise InputError(f"train.{name} = {train[name]} must be at least 0 and less than 1")
-    if config.reward_timeout < 0:
+    if not config.reward_options.timeout > 0:
+        raise InputError(f"reward_options.timeout = {config.reward_options.timeout} must be greater than 0")
+    if not config.reward_timeout >= 0:
         raise InputError(f"reward_timeout = {config.reward_timeout} must be at least 0 (0: no limit)")
     if not 0 < sample.eta <= 1:
         raise InputError(
             f"sample.eta = {sample.eta}: DDPO needs 0 < eta <= 1, since a deterministic step has no likelihood"
         )
-    if sample.guidance_scale < 1:
+    if not 1 <= sample.guidance_scale < math.inf:
         raise InputError(f"sample.guidance_scale = {sample.guidance_scale} must be at least 1 (1: no guidance)")
     if not round(train.timestep_fraction * sample.num_steps) or train.timestep_fraction > 1:
         raise InputError(

@@ -49,9 +49,11 @@ def save_checkpoint(run_dir, epoch, policy, optimizer, tracker, keep):
         os.makedirs(temporary)
         with policy.averaged():
             save_weights(policy, temporary)
-        torch.save({**state, "epoch": epoch}, os.path.join(temporary, "state.pt"))
+        trainer_state = os.path.join(temporary, "state.pt")
+        torch.save({**state, "epoch": epoch}, trainer_state)
         for parent, _, files in os.walk(temporary):
             for name in files:
+                shutil.copymode(trainer_state, os.path.join(parent, name))  # safetensors' own is for the owner alone
                 with open(os.path.join(parent, name), "rb") as f:
                     os.fsync(f.fileno())
     except Exception as error:  # a full disk; the formats' writers each have their own error for it

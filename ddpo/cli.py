@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from config.base import get_config as base_config
 from ddpo.errors import InputError, nearest
 from ddpo.interrupt import die_with_launcher
-from ddpo.options import flatten
+from ddpo.options import expand_home, flatten
 from ddpo.policy import PRECISIONS
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A preset of config/, with its variant: FILE:NAME")
@@ -28,6 +28,7 @@ def run(train):
 
     def main(_):
         config = CONFIG.value
+        expand_home(config)
         if config.resume:
             _take_options_of(config.resume, config)
         _check_launcher(config.precision)

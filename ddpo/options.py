@@ -23,6 +23,13 @@ def load_preset(preset):
     return runpy.run_path(path)["get_config"](*filter(None, [variant]))
 
 
+def expand_home(config):
+    """Replaces a leading ~ in the options that may be paths: a shell does not, behind --config.KEY=."""
+    paths = ("run_dir", "resume", "model", "prompts", "evaluate.prompts", "evaluate.clip", "evaluate.classifier")
+    values = flatten(config)
+    config.update_from_flattened_dict({key: os.path.expanduser(values[key]) for key in paths})
+
+
 def flatten(config, prefix=""):
     """{dotted name: value} of all leaves of a ConfigDict or nested dict."""
     leaves = {}

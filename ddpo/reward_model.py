@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -299,10 +300,11 @@ def agreement(items, votes):
 def save_reward_model(folder, head, encoder, hidden, details):
     """Writes reward.json and head.safetensors. details: what else reward.json should say."""
     os.makedirs(folder, exist_ok=True)
-    save_file(head.state_dict(), os.path.join(folder, "head.safetensors"))
-    description = {"encoder": encoder, "hidden": hidden, **details}
-    with open(os.path.join(folder, "reward.json"), "w") as f:
-        json.dump(description, f, indent=1)
+    weights, description = (os.path.join(folder, name) for name in ("head.safetensors", "reward.json"))
+    save_file(head.state_dict(), weights)
+    with open(description, "w") as f:
+        json.dump({"encoder": encoder, "hidden": hidden, **details}, f, indent=1)
+    shutil.copymode(description, weights)  # safetensors' own is for the owner alone
 
 
 def load_reward_model(folder, device="cpu", precision="fp32", batch_size=32):

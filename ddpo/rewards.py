@@ -186,6 +186,7 @@ def get_reward(expression, device="cpu", options=None, prompt_set=()):
     for text in re.split(r"\+|\s(?=-\s)", expression):
         sign, weight, term = re.fullmatch(r"\s*(-\s)?\s*(?:([^*:]*)\*)?(.*)", text).groups()
         name, _, model = term.strip().partition(":")
+        model = os.path.expanduser(model)
         try:
             weight = float(weight or 1) * (-1 if sign else 1)
         except ValueError as error:

@@ -119,7 +119,7 @@ def train(stage, modules, loss_fn, args, learning_rate, weight_decay=0.0, ema_de
     ema = EMAModel(parameters.parameters(), decay=ema_decay)
     step, seconds = 0, 0.0
     if os.path.exists(path):
-        state = torch.load(path, map_location=args.device, weights_only=False)
+        state = torch.load(path, map_location=args.device, weights_only=True)
         parameters.load_state_dict(state["parameters"])
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
@@ -397,7 +397,7 @@ def report(args):
     for stage in ("classifier", "vae", "unet", "clip"):
         path = os.path.join(args.work, f"{stage}.pt")
         if os.path.exists(path):
-            state = torch.load(path, map_location="cpu", weights_only=False)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             result[f"{stage}_steps"], result[f"{stage}_minutes"] = state["step"], state["seconds"] / 60
     print(json.dumps(result, indent=1))
     return result

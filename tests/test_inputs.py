@@ -1,7 +1,7 @@
 """Mistakes users make: each ends, before any long work, with one line that says what is wrong and what to do."""
 
 import pytest
-from conftest import launch
+from conftest import ROOT, launch
 
 OVERLONG = "a very " + "long " * 40 + "prompt"
 MISTAKES = {
@@ -128,6 +128,14 @@ def test_mistakes_beside_the_config(tmp_path, arguments, message):
     result = launch(*arguments, check=False, direct=True, run_dir=tmp_path / "run")
     assert result.returncode != 0 and "Traceback" not in result.stderr
     assert any(line.startswith("error: ") and message in line for line in result.stderr.splitlines()), result.stderr
+
+
+def test_home_in_paths(tiny, tmp_path):
+    """~ is the home folder; run and model are found there, and no folder of that name is made."""
+    (tmp_path / "model").symlink_to(tiny)
+    launch(env={"HOME": str(tmp_path)}, direct=True, model="~/model", run_dir="~/run", num_epochs=1)
+    result = launch(env={"HOME": str(tmp_path)}, direct=True, check=False, resume="~/run", num_epochs=1)
+    assert "has done 1 epochs" in result.stderr and not (ROOT / "~").exists()
 
 
 def test_traceback_when_asked_for(tiny):

@@ -1,6 +1,7 @@
 """Loading, precision, and whether what a run saves is what it trained."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from config.base import get_config
+from ddpo.checkpoint import save_checkpoint
 from ddpo.ddim_logprob import ddim_step_with_logprob
 from ddpo.errors import InputError
 from ddpo.likelihood import Rollout, denoising_error
@@ -84,6 +86,18 @@ def test_loading_goes_into_the_weights_that_the_optimizer_holds(tiny, tmp_path, 
     assert len(held) == len(now) and all(a is b for a, b in zip(held, now))
     with pytest.raises(InputError):
         load_weights(load_policy(tiny, 2 if rank else 4, "fp32", "cpu"), tmp_path)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_checkpoints_have_the_users_permissions(tiny, tmp_path, rank):
+    policy, nothing = load_policy(tiny, rank, "fp32", "cpu"), SimpleNamespace(state_dict=dict)
+    before = os.umask(0o027)
+    try:
+        save_checkpoint(str(tmp_path), 1, policy, nothing, nothing, keep=1)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 1 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
 def test_lora_starts_as_the_base_model(tiny):

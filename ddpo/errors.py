@@ -1,5 +1,6 @@
 """Errors that end in one line, and choices by name."""
 
+import argparse
 import difflib
 import sys
 
@@ -24,6 +25,19 @@ def choose(kind, name, choices):
 def shorten(text, length=80):
     """A text in quotes, cut to fit in a message of one line."""
     return repr(text if len(text) <= length else text[: length - 3] + "...")
+
+
+def at_least(lowest, number=int):
+    """A `type` of argparse's add_argument: a number that is not below `lowest`, nor nan."""
+
+    def convert(text):
+        value = number(text)
+        if not value >= lowest:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {lowest}")
+        return value
+
+    convert.__name__ = number.__name__  # of which argparse says that a text is none
+    return convert
 
 
 def run_script(main):

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from ddpo import prompts
 from ddpo.checkpoint import list_checkpoints
-from ddpo.errors import InputError, run_script
+from ddpo.errors import InputError, at_least, run_script
 from ddpo.options import load_preset
 from ddpo.pipeline_logprob import draw_noise, sample_with_logprob
 from ddpo.policy import load_policy, load_weights
@@ -273,11 +273,11 @@ def main():
     parser.add_argument(
         "--prompts", nargs="+", default=[], help="a prompt set, a text file, or prompts; default: the run's or preset's"
     )
-    parser.add_argument("--pairs", type=int, default=500, help="how many there should be at least")
+    parser.add_argument("--pairs", type=at_least(1), default=500, help="how many there should be at least")
     parser.add_argument("--output", default="", help="default: RUN/annotations or runs/annotations-NAME")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others on the network in; there is no login")
-    parser.add_argument("--port", type=int, default=8600)
+    parser.add_argument("--port", type=at_least(0), default=8600)
     parser.add_argument("--draw_only", action="store_true", help="make the pairs and end")
     args = parser.parse_args()
 

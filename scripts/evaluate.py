@@ -16,7 +16,7 @@ import os
 
 from ddpo import prompts, rewards
 from ddpo.clip import load_clip
-from ddpo.errors import InputError, run_script
+from ddpo.errors import InputError, at_least, run_script
 from ddpo.evaluation import choose_prompts, evaluate, load_classifier, split_prompts
 from ddpo.images import image_grid
 from ddpo.policy import load_weights
@@ -30,11 +30,11 @@ def main():
     parser.add_argument("--prompts", default="", help="those that the run has seen; default: the run's")
     other = "prompt set; default: what the run's held_out kept from training, or animal_activities or common_animals"
     parser.add_argument("--held_out", default="", help=other)
-    parser.add_argument("--limit", type=int, default=45, help="how many prompts of either kind at most")
-    parser.add_argument("--count", type=int, default=4, help="pictures per prompt, at least 2")
+    parser.add_argument("--limit", type=at_least(1), default=45, help="how many prompts of either kind at most")
+    parser.add_argument("--count", type=at_least(1), default=4, help="pictures per prompt, at least 2")
     parser.add_argument("--rewards", nargs="*", default=[], help="beside the run's own")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise; runs use 0 for their own")
-    parser.add_argument("--guidance_scale", type=float, default=0, help="default: the run's")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise; runs use 0 for their own")
+    parser.add_argument("--guidance_scale", type=at_least(0, float), default=0, help="default: the run's")
     parser.add_argument("--output", default="", help="default: RUN/evaluation.json")
     parser.add_argument("--clip", default="models/emoji/clip", help="whose embeddings diversity is measured by")
     parser.add_argument("--classifier", default="models/emoji/classifier", help="of animals; empty: none")

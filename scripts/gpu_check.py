@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from config.base import get_config
-from ddpo.errors import InputError, run_script
+from ddpo.errors import InputError, at_least, run_script
 from ddpo.hardware import peak_memory_gb
 from ddpo.likelihood import Rollout
 from ddpo.losses import ALGORITHMS
@@ -203,7 +203,7 @@ def cost(policy, batch_size, steps=50, details=False):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="sd15", choices=SIZES)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--batch_sizes", type=at_least(1), nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too; minutes")
     parser.add_argument("--output", default="gpu_check.json")
     args = parser.parse_args()

@@ -41,6 +41,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+from ddpo.errors import at_least
 from ddpo.hardware import cpu_cores, use_cpu
 from scripts import emoji_world as world
 from scripts.make_random_model import make_scheduler
@@ -424,16 +425,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="models/emoji", help="where the finished models go")
     parser.add_argument("--work", default="runs/emoji-model", help="where unfinished work is kept")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pictures", type=int, default=40_000)
-    parser.add_argument("--classifier_steps", type=int, default=1500)
-    parser.add_argument("--vae_steps", type=int, default=1800)
-    parser.add_argument("--unet_steps", type=int, default=5_000)
-    parser.add_argument("--unet_batch", type=int, default=64)
-    parser.add_argument("--clip_steps", type=int, default=1200)
-    parser.add_argument("--save_every", type=int, default=250)
-    parser.add_argument("--threads", type=int, default=cpu_cores(), help="CPU threads of torch")
-    parser.add_argument("--guidance_scale", type=float, default=3.0, help="of the report's pictures")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--pictures", type=at_least(1), default=40_000)
+    parser.add_argument("--classifier_steps", type=at_least(1), default=1500)
+    parser.add_argument("--vae_steps", type=at_least(1), default=1800)
+    parser.add_argument("--unet_steps", type=at_least(1), default=5_000)
+    parser.add_argument("--unet_batch", type=at_least(1), default=64)
+    parser.add_argument("--clip_steps", type=at_least(1), default=1200)
+    parser.add_argument("--save_every", type=at_least(1), default=250)
+    parser.add_argument("--threads", type=at_least(1), default=cpu_cores(), help="CPU threads of torch")
+    parser.add_argument("--guidance_scale", type=at_least(1, float), default=3.0, help="of the report's pictures")
     parser.add_argument("--report_only", action="store_true", help="measure what stands in --output")
     args = parser.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"

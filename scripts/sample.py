@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ddpo import prompts
 from ddpo.checkpoint import list_checkpoints
-from ddpo.errors import InputError, run_script
+from ddpo.errors import InputError, at_least, run_script
 from ddpo.images import image_grid
 from ddpo.pipeline_logprob import sample_with_logprob
 from ddpo.policy import load_policy, load_weights
@@ -60,11 +60,11 @@ def main():
     parser.add_argument("--run", required=True, help="a run's folder")
     parser.add_argument("--checkpoint", default="", help="a name in RUN/checkpoints; default: the newest")
     parser.add_argument("--prompts", nargs="+", default=["a cat", "a dog", "a horse", "a butterfly"])
-    parser.add_argument("--count", type=int, default=8, help="pictures per prompt")
-    parser.add_argument("--steps", type=int, default=0, help="denoising steps; default: the run's")
-    parser.add_argument("--guidance_scale", type=float, default=0, help="default: the run's")
-    parser.add_argument("--eta", type=float, default=-1, help="0: deterministic; default: the run's")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--count", type=at_least(1), default=8, help="pictures per prompt")
+    parser.add_argument("--steps", type=at_least(0), default=0, help="denoising steps; default: the run's")
+    parser.add_argument("--guidance_scale", type=at_least(0, float), default=0, help="default: the run's")
+    parser.add_argument("--eta", type=at_least(-1, float), default=-1, help="0: deterministic; default: the run's")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise")
     parser.add_argument("--output", default="", help="default: RUN/images/samples.png")
     args = parser.parse_args()
 

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddpo import prompts, rewards
-from ddpo.errors import InputError, run_script
+from ddpo.errors import InputError, at_least, run_script
 from ddpo.evaluation import load_classifier, named_animals
 from ddpo.images import image_grid
 from ddpo.reward_model import rank_correlation
@@ -80,12 +80,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("choose", "rate", "check", "measure", "plot"))
     parser.add_argument("--pairs", default="", help="a folder with pairs.jsonl")
-    parser.add_argument("--first", type=int, default=0, help="the first pair that is judged")
+    parser.add_argument("--first", type=at_least(0), default=0, help="the first pair that is judged")
     parser.add_argument(
-        "--count", type=int, default=500, help="choose: pairs; rate, check: pictures; measure: per animal"
+        "--count", type=at_least(1), default=500, help="choose: pairs; rate, check: pictures; measure: per animal"
     )
     parser.add_argument("--rewards", nargs="+", default=[], help="check: what is compared with the taste")
-    parser.add_argument("--seed", type=int, default=0, help="of the rater's noise; measure: of the pictures")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the rater's noise; measure: of the pictures")
     parser.add_argument("--output", default="", help="default: PAIRS/choices.jsonl, PAIRS/ratings.csv, RUN/taste.json")
     parser.add_argument("--run", default="", help="measure: a run's folder")
     parser.add_argument("--results", default="", help="plot: what to draw; measure: a file to add the run to as well")

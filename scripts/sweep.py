@@ -25,7 +25,7 @@ from PIL import Image
 from config.base import get_config
 from config.sweeps import PICTURED, SEEDS, SWEEPS, job_of, seed_jobs, tuning_jobs
 from ddpo.checkpoint import list_checkpoints
-from ddpo.errors import InputError, choose, run_script
+from ddpo.errors import InputError, at_least, choose, run_script
 from ddpo.options import NO_EFFECT, flatten, load_preset, read_options
 from scripts.provenance import commit, processor
 from scripts.results import add_pictures, add_result, read_metrics, read_results
@@ -154,8 +154,8 @@ def run_jobs(jobs, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help=f"one of: {', '.join(SWEEPS)}")
-    parser.add_argument("--jobs", type=int, default=1, help="how many run at a time")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each")
+    parser.add_argument("--jobs", type=at_least(1), default=1, help="how many run at a time")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads of each")
     parser.add_argument("--results", default="results/sweeps")
     parser.add_argument("--runs", default="runs/sweeps")
     args = parser.parse_args()

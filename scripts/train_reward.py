@@ -20,7 +20,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from ddpo.errors import InputError, run_script
+from ddpo.errors import InputError, at_least, run_script
 from ddpo.reward_model import (
     VOTES,
     agreement,
@@ -89,12 +89,12 @@ def main():
     parser.add_argument("--images", default="", help="folder of the rated pictures; default: that of --ratings")
     parser.add_argument("--output", required=True, help="the reward model's folder")
     parser.add_argument("--encoder", default="openai/clip-vit-large-patch14", help="CLIP: hub name or folder")
-    parser.add_argument("--hidden", type=int, default=0, help="width of a hidden layer; 0: a linear head")
-    parser.add_argument("--epochs", type=int, default=300, help="at most")
-    parser.add_argument("--patience", type=int, default=20, help="epochs without a better validation loss")
-    parser.add_argument("--learning_rate", type=float, default=1e-2)
-    parser.add_argument("--weight_decay", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the head and the order")
+    parser.add_argument("--hidden", type=at_least(0), default=0, help="width of a hidden layer; 0: a linear head")
+    parser.add_argument("--epochs", type=at_least(1), default=300, help="at most")
+    parser.add_argument("--patience", type=at_least(1), default=20, help="epochs without a better validation loss")
+    parser.add_argument("--learning_rate", type=at_least(0, float), default=1e-2)
+    parser.add_argument("--weight_decay", type=at_least(0, float), default=10.0)
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the split, the head and the order")
     parser.add_argument("--no_refit", action="store_true", help="save the head that was measured")
     parser.add_argument("--cache", default="runs/embeddings", help="folder of the embeddings known already")
     args = parser.parse_args()

@@ -1,5 +1,8 @@
 """Mistakes users make: each ends, before any long work, with one line that says what is wrong and what to do."""
 
+import subprocess
+import sys
+
 import pytest
 from conftest import ROOT, launch
 
@@ -148,3 +151,17 @@ def test_config_may_stand_behind_the_options_it_is_changed_by(tmp_path):
     assert "unknown variant 'nonsense'" in result.stderr
     result = launch("--config.seed=1", check=False, direct=True, num_epochs=0)
     assert "num_epochs = 0 must be at least 1" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("scripts.sample", "--run", "x", "--count", "0"), "argument --count: 0 must be at least 1"),
+        (("scripts.sample", "--run", "x", "--eta", "nan"), "argument --eta: nan must be at least -1"),
+        (("scripts.sweep", "fig4", "--jobs", "0"), "argument --jobs: 0 must be at least 1"),
+        (("scripts.train_reward", "--epochs", "many"), "argument --epochs: invalid int value: 'many'"),
+    ],
+)
+def test_numbers_that_scripts_cannot_take(arguments, message):
+    result = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.strip().splitlines()[-1].endswith(message)

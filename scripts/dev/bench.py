@@ -36,6 +36,7 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpo.errors import at_least
 from scripts.provenance import commit, processor
 
 ROOT = Path(__file__).parent.parent.parent
@@ -342,9 +343,9 @@ def main():
     )
     parser.add_argument("--variant", nargs="+", action="append", default=[], metavar="KEY=VALUE", help=other)
     parser.add_argument("--against", choices=["trl"])
-    parser.add_argument("--repetitions", type=int, default=3, help="epochs counted")
-    parser.add_argument("--warmup", type=int, default=1, help="epochs not counted")
-    parser.add_argument("--threads", type=int, default=0, help="on a CPU; 0: all cores")
+    parser.add_argument("--repetitions", type=at_least(1), default=3, help="epochs counted")
+    parser.add_argument("--warmup", type=at_least(0), default=1, help="epochs not counted")
+    parser.add_argument("--threads", type=at_least(0), default=0, help="on a CPU; 0: all cores")
     parser.add_argument("--profile", action="store_true", help="the ten costliest operations of one more epoch")
     parser.add_argument("--scaling", action="store_true", help="more images, steps, processes, and epochs")
     parser.add_argument("--json", help="file to write everything to")

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from config.base import get_config
+from ddpo.errors import at_least
 from ddpo.policy import PRECISIONS
 from scripts.make_random_model import SIZES, make_unet
 
@@ -105,7 +106,7 @@ def in_float32(norm, x):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="sd15", choices=SIZES)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--batch_sizes", type=at_least(1), nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"], choices=PRECISIONS)
     parser.add_argument("--json", help="file to write the rows to")
     args = parser.parse_args()

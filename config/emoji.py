@@ -6,9 +6,9 @@
     accelerate launch train.py --config config/emoji.py:aesthetic                  (a reward learned from choices)
     accelerate launch train.py --config config/emoji.py:alignment                  (the embedded CLIP)
 
-128 images of 10 steps an epoch, in 8 updates, sampled and trained with guidance 3. What keeps the animals: training on
-the noisier half of the steps, a small KL penalty, guidance, a warm-up. Found on seed 10, in
-results/working_point/README.md; what came of it on other seeds: results/emoji/README.md.
+128 images of 10 steps an epoch, in 8 updates, sampled and trained with guidance 3. What keeps the animals is
+guidance, with a small KL penalty and a warm-up; training on the noisier half of the steps is faster. Found on seed 10,
+in results/working_point/README.md; what came of it on other seeds: results/emoji/README.md.
 """
 
 from config.base import choose_variant
@@ -40,7 +40,7 @@ def get_config(variant="compressibility"):
     config.train.updates_per_epoch = 8
     config.train.warmup_updates = 16
     config.train.clip_range = 2e-3  # 2 nats of a step's log-ratio in 1,024 dimensions; Stable Diffusion: 1e-4
-    config.train.timestep_choice = "first"  # the noisier half of the steps, which decide what the picture shows
+    config.train.timestep_choice = "first"  # the noisier half of the steps: faster, see docs/algorithms.md
     config.train.timestep_fraction = 0.5
     config.train.kl_weight = 0.01
     config.train.ema_decay = 0.9

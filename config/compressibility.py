@@ -12,8 +12,8 @@ far the policy has come. `:full` keeps that, to reproduce; `lora` forgets reward
 all samples normalised by their whole epoch.
 
 An epoch of `lora` and `:full` is 256 x 50 steps x 2 (guidance) = 25,600 forward passes to sample and 25,600 more with
-their backward passes to train; one of `one_gpu` 2,400 and 2,400. Not yet run on the real weights; steps
-of a network of the true size, with random weights, have been timed on an H100: docs/speed.md.
+their backward passes to train; one of `one_gpu` 2,400 and 2,400. Not yet run on the real weights;
+steps of a network of the true size, with random weights, have been timed on an H100: docs/speed.md.
 """
 
 from config.base import choose_variant

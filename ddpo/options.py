@@ -24,10 +24,9 @@ def load_preset(preset):
 
 
 def expand_home(config):
-    """Replaces a leading ~ in the options that may be paths: a shell does not, behind --config.KEY=."""
-    paths = ("run_dir", "resume", "model", "prompts", "evaluate.prompts", "evaluate.clip", "evaluate.classifier")
-    values = flatten(config)
-    config.update_from_flattened_dict({key: os.path.expanduser(values[key]) for key in paths})
+    """Replaces a leading ~ in every option that is a text: a shell does not, behind --config.KEY=."""
+    texts = {key: value for key, value in flatten(config).items() if isinstance(value, str)}
+    config.update_from_flattened_dict({key: os.path.expanduser(value) for key, value in texts.items()})
 
 
 def flatten(config, prefix=""):
@@ -93,7 +92,8 @@ def check(config, processes=1):
         ("held_out", config.held_out, 1), ("reward_options.max_unusable", config.reward_options.max_unusable, 1),
     ):  # fmt: skip
         if not 0 <= value <= highest or value == math.inf:
-            raise InputError(f"{name} = {value} must be at least 0" + (f", at most {highest}" if highest < 101 else ""))
+            limit = f", at most {highest}" if highest < math.inf else " and finite"
+            raise InputError(f"{name} = {value} must be at least 0{limit}")
     updates = train.updates_per_epoch * train.inner_epochs
     if config.algorithm == "ddpo_sf" and updates > 1:
         raise InputError(
@@ -124,7 +124,7 @@ def check(config, processes=1):
             f"sample.eta = {sample.eta}: DDPO needs 0 < eta <= 1, since a deterministic step has no likelihood"
         )
     if not 1 <= sample.guidance_scale < math.inf:
-        raise InputError(f"sample.guidance_scale = {sample.guidance_scale} must be at least 1 (1: no guidance)")
+        raise InputError(f"sample.guidance_scale = {sample.guidance_scale} must be at least 1 (no guidance) and finite")
     if not round(train.timestep_fraction * sample.num_steps) or train.timestep_fraction > 1:
         raise InputError(
             f"train.timestep_fraction = {train.timestep_fraction} of sample.num_steps = {sample.num_steps} must leave "

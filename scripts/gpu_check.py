@@ -134,10 +134,8 @@ def exactness(load, batch_size):
     return result
 
 
-def count_waits(function, device):
+def count_waits(function):
     """How often `function` waits for the GPU."""
-    if device.type != "cuda":
-        return None
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -148,13 +146,11 @@ def count_waits(function, device):
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def count_kernels(function, device):
+def profile_kernels(function):
     """(kernels, their milliseconds, the ten names that take longest) of a call."""
-    if device.type != "cuda":
-        return None, None, None
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         function()
-        synchronise(device)
+        torch.cuda.synchronize()
     kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     by_name = {}
     for event in kernels:
@@ -163,24 +159,25 @@ def count_kernels(function, device):
     return len(kernels), sum(by_name.values()), longest
 
 
-def cost(policy, batch_size, steps=50, details=False):
-    """What a denoising step and a training pass of `batch_size` pictures cost, both guided; pictures a second of
-    `steps` steps, all of them trained on. details: kernels, waits and FLOPs too."""
+def per_step(few, many):
+    """Of a denoising step, from the totals of STEPS of them."""
+    return (many - few) / (STEPS[1] - STEPS[0])
+
+
+def cost(policy, batch_size, details=False):
+    """What a denoising step and a training pass of `batch_size` pictures cost, both guided; pictures a second of as
+    many steps as config/base.py has, all of them trained on. details: kernels, waits and FLOPs too."""
     device, work = policy.device, Work(policy, batch_size)
     work.sample(STEPS[0])
     peak_memory_gb(device)  # of this batch size alone from here on
-
-    def per_step(measure):
-        few, many = (measure(lambda n=n: work.sample(n)) for n in STEPS)
-        return (many - few) / (STEPS[1] - STEPS[0])
-
-    result = {"sample_ms": 1e3 * per_step(lambda f: seconds(f, device))}
-    few = seconds(lambda: work.sample(STEPS[0]), device)
-    result["decode_ms"] = 1e3 * few - STEPS[0] * result["sample_ms"]
+    samples = [lambda n=n: work.sample(n) for n in STEPS]
+    few, many = (1e3 * seconds(sample, device) for sample in samples)
+    result = {"sample_ms": per_step(few, many)}
+    result["decode_ms"] = few - STEPS[0] * result["sample_ms"]
     train = work.rollout(STEPS[0])
     result["train_ms"] = 1e3 * seconds(lambda: train(0), device)
     result["memory_gb"] = peak_memory_gb(device)
-    total_ms = steps * (result["sample_ms"] + result["train_ms"]) + result["decode_ms"]
+    total_ms = work.config.sample.num_steps * (result["sample_ms"] + result["train_ms"]) + result["decode_ms"]
     result["images_per_second"] = 1e3 * batch_size / total_ms
     if details:
         counter = FlopCounterMode(display=False)
@@ -189,11 +186,11 @@ def cost(policy, batch_size, steps=50, details=False):
         result["train_tflop"] = counter.get_total_flops() / 1e12
         result["train_tflops"] = result["train_tflop"] / result["train_ms"] * 1e3
         if device.type == "cuda":
-            result["sample_waits"] = per_step(lambda f: count_waits(f, device))
-            result["train_waits"] = count_waits(lambda: train(0), device)
-            for i, name in enumerate(("kernels", "kernel_ms")):
-                result[f"sample_{name}"] = per_step(lambda f, i=i: count_kernels(f, device)[i])
-            kernels = count_kernels(lambda: train(0), device)
+            result["sample_waits"] = per_step(*map(count_waits, samples))
+            result["train_waits"] = count_waits(lambda: train(0))
+            counts, milliseconds, _ = zip(*map(profile_kernels, samples))
+            result |= {"sample_kernels": per_step(*counts), "sample_kernel_ms": per_step(*milliseconds)}
+            kernels = profile_kernels(lambda: train(0))
             result |= dict(zip(("train_kernels", "train_kernel_ms", "train_longest_ms"), kernels))
     for p in policy.trainable_parameters():
         p.grad = None

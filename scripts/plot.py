@@ -40,15 +40,13 @@ def main():
         if not found:
             raise InputError(f"{path} has no results")
         runs |= found
-    without = [run for run, metrics in runs.items() if args.key not in metrics]
-    if len(without) == len(runs):
+    drawn = {run: metrics for run, metrics in runs.items() if args.key in metrics}
+    if not drawn:
         known = dict.fromkeys(key for metrics in runs.values() for key in metrics)
         raise InputError(f"no run has {args.key!r}: there is {', '.join(known)}")
-    if without:
-        print(f"left out, without {args.key}: {', '.join(without)}")
-    for run, metrics in runs.items():
-        if run in without:
-            continue
+    if len(drawn) < len(runs):
+        print(f"left out, without {args.key}: {', '.join(run for run in runs if run not in drawn)}")
+    for run, metrics in drawn.items():
         name = os.path.basename(os.path.normpath(run)).split("-seed")[0]
         groups.setdefault(name, []).append((metrics["reward_queries"], metrics[args.key]))
     figure, axes = plt.subplots(figsize=(5, 3.2), constrained_layout=True)

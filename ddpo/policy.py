@@ -5,7 +5,8 @@ as a `StableDiffusionXLPipeline`.
 
 Precision. Trainable weights and the optimizer are always float32; "bf16" and "fp16" run the network under autocast, and
 keep frozen weights (all of the UNet, for LoRA) in half precision too. "tf32" is float32 with TensorFloat-32 matrix
-products. The VAE has float32 weights in every mode: it runs once per picture, and in half precision it overflows.
+products. Norms are float32 in every mode, as CUDA's autocast computes them. So is the VAE: it runs once per picture, and
+in half precision it overflows.
 """
 
 import contextlib
@@ -149,7 +150,8 @@ class Policy:
         if options.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         if options.kl_weight and not self.lora_rank:
-            self._base_unet = copy.deepcopy(self.unet).requires_grad_(False).to(self.dtype)
+            self._base_unet = copy.deepcopy(self.unet).requires_grad_(False)
+            halve_frozen(self._base_unet, self.dtype)
         if options.ema_decay:
             self.start_ema(options.ema_decay)
 
@@ -249,13 +251,27 @@ def load_policy(model, lora_rank, precision, device, lora_targets="to_q,to_k,to_
                 f"lora_targets {','.join(lora_targets)}: one of them only holds other modules; a LoRA goes on linear "
                 "layers and convolutions. Common: to_q,to_k,to_v,to_out.0"
             ) from error
-        for p in pipe.unet.parameters():
-            if dtype is not None and not p.requires_grad:
-                p.data = p.data.to(dtype)
-    if torch.device(device).type == "cuda":
+        halve_frozen(pipe.unet, dtype)
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu and dtype is not None:  # CUDA's autocast does this by itself; the CPU's half-precision kernel is slower
+        for module in pipe.unet.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+    # The CPU's fused attention has a backward pass in half precision that takes longer than all the rest.
+    torch.backends.cuda.enable_flash_sdp(not on_cpu or dtype is None)
+    if not on_cpu:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     pipe.unet.eval()
     return Policy(pipe, device, precision, lora_rank)
+
+
+def halve_frozen(network, dtype):
+    """Casts the weights that are not trained to dtype, unless it is None; norms stay float32."""
+    for module in network.modules():
+        if dtype is not None and not isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            for p in module.parameters(recurse=False):
+                if not p.requires_grad:
+                    p.data = p.data.to(dtype)
 
 
 def load_pipeline(model):

@@ -23,7 +23,7 @@ from ddpo.batches import own_samples, plan_updates, trained_steps
 from ddpo.errors import InputError, choose
 from ddpo.evaluation import load_evaluation, split_prompts
 from ddpo.hardware import fit_batch_sizes
-from ddpo.likelihood import Rollout, must_rescore
+from ddpo.likelihood import Rollout, latents_kept, must_rescore
 from ddpo.losses import ALGORITHMS
 from ddpo.optimizer import Optimizer, blame_gradient
 from ddpo.pipeline_logprob import draw_noise, sample_with_logprob
@@ -46,14 +46,14 @@ def train(config, preset):
     check_length([prompt for prompt, _ in prompt_set], policy.pipe.tokenizer)
     policy.set_timesteps(config.sample.num_steps)
     evaluate = load_evaluation(config, policy, reward, prompt_set, held_out)  # on fixed prompts and noise
-    policy.prepare_training(config.train)
+    policy.prepare_training(config.train, "base" in algorithm.needs, config.sample.averaged)
     optimizer = Optimizer(policy.trainable_parameters(), config, run.accelerator)
     tracker = PerPromptStatTracker(**config.stats)
 
     # This process's samples of an epoch: (updates, samples of an update).
     indices = own_samples(config.sample.images_per_epoch, config.train.updates_per_epoch, run.rank, run.processes)
-    samples_per_update, keep_steps = indices.shape[1] * run.processes, algorithm.process == "reverse"
-    config.sample.batch_size, config.train.batch_size = fit_batch_sizes(policy, config, *indices.shape, keep_steps)
+    samples_per_update, kept = indices.shape[1] * run.processes, latents_kept(config, algorithm.process)
+    config.sample.batch_size, config.train.batch_size = fit_batch_sizes(policy, config, *indices.shape, kept)
     rescores = must_rescore(config, algorithm, indices.shape[1])
     if config.compile:
         guided = config.sample.guidance_scale > 1 and config.train.guidance
@@ -68,12 +68,13 @@ def train(config, preset):
         drawn = [draw_prompt(prompt_set, config.seed, epoch, i - i % group) for i in indices]
         prompts, metadata = [prompt for prompt, _ in drawn], [data for _, data in drawn]
         scores = RewardQueue(reward, prompts, metadata, config.reward_timeout, run.device, run.clock)
-        trajectories = sample_with_logprob(
-            policy, prompts, lambda k: draw_noise(noise_shape, config.seed, epoch, indices[k]),
-            config.sample.guidance_scale, config.sample.eta, config.sample.batch_size,
-            keep_steps=keep_steps, progress="sampling" if run.is_main else None,
-            stop=lambda: run.stopping(scores.failed()), on_images=scores.put,
-        )  # fmt: skip
+        with policy.sampling_weights():
+            trajectories = sample_with_logprob(
+                policy, prompts, lambda k: draw_noise(noise_shape, config.seed, epoch, indices[k]),
+                config.sample.guidance_scale, config.sample.eta, config.sample.batch_size,
+                keep_steps=algorithm.process == "reverse", progress="sampling" if run.is_main else None,
+                stop=lambda: run.stopping(scores.failed()), on_images=scores.put,
+            )  # fmt: skip
         if trajectories is None and run.interrupt.stopped:
             scores.cancel()
             break  # no weight has changed since the last epoch, which `run.finish` saves
@@ -90,7 +91,7 @@ def train(config, preset):
         everyone = sorted(gather_object(list(zip(indices, prompts, rewards.tolist()))))
         all_prompts, all_rewards = [prompt for _, prompt, _ in everyone], np.array([r for _, _, r in everyone])
         advantages = normalise(all_prompts, all_rewards, tracker)
-        advantages = algorithm.weigh(all_rewards, advantages, all_prompts, config.train)[indices]
+        advantages = algorithm.weigh(all_rewards, advantages, all_prompts, config)[indices]
         advantages = torch.as_tensor(advantages, dtype=torch.float32, device=run.device)
         if np.ptp(all_rewards) == 0:
             run.print(f"warning: epoch {epoch}: the reward is {all_rewards[0]:g} for all: nothing to learn")
@@ -98,14 +99,15 @@ def train(config, preset):
         # 4. Update: a few optimizer steps on the transitions x_t -> x_{t-1} of these samples.
         run.clock.lap("seconds_rewards")  # those that sampling did not hide
         rollout = Rollout(policy, config, algorithm, epoch, indices, prompts, trajectories)
-        plan = plan_updates(config, algorithm.process, epoch, advantages)
+        plan = plan_updates(config, algorithm, epoch, advantages)
         transitions = samples_per_update * trained_steps(config, algorithm.process)  # of an update, in all processes
         if rescores:
-            rollout.rescore(plan)
+            with policy.sampling_weights():
+                rollout.rescore(plan)
 
         def loss_of(sample, step):
             """The losses (B,) of a minibatch under the weights being trained, and what to log of them."""
-            terms = rollout.score(sample, step, update // config.train.updates_per_epoch)
+            terms = rollout.score(sample, step)
             loss, info = algorithm.loss(terms, advantages[sample], config.train)
             if update == 0:  # nothing has been updated yet, so every ratio should be 1
                 means.highest(ratio_error=terms.ratio_error())
@@ -126,7 +128,7 @@ def train(config, preset):
                 break  # the policy is far enough from the one that sampled
             if not optimizer.clip():
                 where = f"epoch {epoch}, update {update}"
-                blame_gradient(where, optimizer.parameters, minibatches, loss_of, rollout.describe)
+                blame_gradient(where, optimizer.parameters, minibatches, loss_of, rollout.describe, 1 + algorithm.pairs)
             optimizer.step(epoch * len(plan) + update)
             policy.update_ema()
         bar.close()

@@ -26,7 +26,9 @@ def get_config():
     config.lora_targets = "to_q,to_k,to_v,to_out.0"  # module names of the UNet, comma-separated
     config.precision = "fp32"  # of the network: fp32, tf32, bf16, fp16. Trained weights are float32 in all
     config.compile = False  # (memory) torch.compile of the UNet: minutes at the start; refused if its gradient is wrong
-    config.algorithm = "ddpo_is"  # of ddpo/losses.py: ddpo_is, ddpo_mask, ddpo_smooth, ddpo_sf, rwr, rwr_sparse
+    # Of ddpo/losses.py. On the denoising steps: ddpo_is, ddpo_mask, ddpo_smooth, ddpo_sf. On the finished picture: rwr,
+    # rwr_sparse, best_of_n, awm, nft, ram, dpo
+    config.algorithm = "ddpo_is"
     config.advantage = "per_prompt"  # of ddpo/stat_tracking.py: per_prompt, per_group, leave_one_out, whole_epoch
     config.reward = "jpeg_compressibility"  # of ddpo/rewards.py: NAME, NAME:MODEL, or "pickscore + 0.1*hpsv2"
     config.reward_timeout = 0.0  # seconds that scoring sample.batch_size pictures may take; 0: no limit
@@ -39,7 +41,8 @@ def get_config():
     sample.batch_size = 8  # (memory) images per forward pass and process; 0: what fits, equal to train.batch_size
     sample.num_steps = 50  # T, denoising steps
     sample.guidance_scale = 5.0  # classifier-free guidance in sampling and in training; 1: none
-    sample.eta = 1.0  # noise of the DDIM step; must be > 0 for a policy that is a distribution
+    sample.eta = 1.0  # noise of the DDIM step; algorithms on the denoising steps need a distribution, so eta > 0
+    sample.averaged = False  # algorithms on the finished picture: draw it by the moving average (train.ema_decay)
     sample.height = 0  # pixels; 0: the model's own size
     sample.width = 0
 
@@ -78,12 +81,18 @@ def get_config():
     train.inverse_temperature = 5.0  # rwr: a sample weighs exp(this * reward)
     train.keep_percentile = 90.0  # rwr_sparse: of the rewards, above which a sample is kept
     train.weight_per_prompt = False  # rwr, rwr_sparse: compare a sample with those of its prompt, not of the epoch
-    train.prompt_dropout = 0.1  # rwr, rwr_sparse: share of samples trained without prompt, as the base model was
+    train.draws = 1  # algorithms on the finished picture: timesteps and noises a picture and inner epoch is noised with
+    train.prompt_dropout = 0.1  # the same: share of draws trained without prompt, as the base model was
+    train.anchor_weight = 0.1  # awm: of the squared distance from the outputs of the policy that sampled
+    train.nft_beta = 1.0  # nft: how far the implicit policies lie from the one that sampled
+    train.ram_scale = 1.0  # ram: how far an advantage of 1 moves the target, in the old prediction's errors
+    train.dpo_beta = 500.0  # dpo: inverse temperature of the implicit reward, an error's excess over the base model's
     train.advantage_clip = 5.0  # advantages are clipped to +-this
     train.timestep_fraction = 1.0  # share of the T steps that are trained on
     train.timestep_choice = "random"  # which: random, window, first; the former two drawn anew for each update
     train.guidance = True  # False: guidance in sampling only; training scores the steps again without
-    train.kl_weight = 0.0  # of each step's KL from the base model, added to the loss (DPOK); a second forward pass
+    train.kl_weight = 0.0  # of each step's KL from the base model, added to the loss (DPOK); a second forward pass.
+    # On the finished picture: of the squared distance from the base model's output
     train.sigma_weighting = False  # log-ratio * sigma_t / its mean: steps with little noise would else be clipped first
     train.ema_decay = 0.0  # of the moving average of the weights that is drawn and saved; 0: the weights themselves
 

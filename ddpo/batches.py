@@ -16,34 +16,40 @@ def own_samples(images_per_epoch, updates, rank, processes):
     return np.arange(images_per_epoch).reshape(updates, processes, -1)[:, rank]
 
 
-def plan_updates(config, process, epoch, advantages):
+def plan_updates(config, algorithm, epoch, advantages):
     """The minibatches of every update of an epoch, in order: a list of updates, inner epoch by inner epoch, each a list
     of (sample, step) index tensors.
 
     Args:
-        process: "reverse": each update sees all or some of its samples' steps. "forward": it sees each sample once,
-            without those that weigh nothing.
+        algorithm: of ddpo/losses.py. On the reverse process each update sees all or some of its samples' steps, on the
+            forward process `train.draws` of each, numbered through all inner epochs; without the samples that weigh
+            nothing, if the algorithm skips those.
         advantages: (N,) of this process's samples.
     """
     options, num_steps, plan = config.train, config.sample.num_steps, []
+    batch_size = max(2, options.batch_size // 2 * 2) if algorithm.pairs else options.batch_size
     choose_steps = choose("timestep choice", options.timestep_choice, TIMESTEPS)
     for inner_epoch in range(options.inner_epochs):
         for update, samples in enumerate(torch.arange(len(advantages)).chunk(options.updates_per_epoch)):
             samples = samples.to(advantages.device)
-            if process == "forward":
-                kept = samples[advantages[samples] != 0]
-                samples, steps = kept if len(kept) else samples[:1], [0]  # every process needs a gradient to add
+            if algorithm.process == "forward":
+                steps = inner_epoch * options.draws + np.arange(options.draws)
+                if algorithm.skips_zeros:
+                    kept = samples[advantages[samples] != 0]
+                    samples = kept if len(kept) else samples[:2]  # every process needs a gradient to add
             else:
                 generator = numpy_generator("timesteps", config.seed, epoch, inner_epoch, update)
-                steps = choose_steps(generator, num_steps, trained_steps(config, process))
+                steps = choose_steps(generator, num_steps, trained_steps(config, algorithm.process))
             steps = torch.as_tensor(steps, device=samples.device)
-            plan.append(minibatches(samples, steps, options.batch_size))
+            plan.append(minibatches(samples, steps, batch_size))
     return plan
 
 
 def trained_steps(config, process):
     """How many transitions, or draws, of each sample an update sees."""
-    return round(config.train.timestep_fraction * config.sample.num_steps) if process == "reverse" else 1
+    return (
+        round(config.train.timestep_fraction * config.sample.num_steps) if process == "reverse" else config.train.draws
+    )
 
 
 def minibatches(samples, steps, batch_size):

@@ -31,7 +31,7 @@ def use_cpu(threads, processes):
     return threads
 
 
-def fit_batch_sizes(policy, config, updates, share, keep_steps):
+def fit_batch_sizes(policy, config, updates, share, kept):
     """Batch sizes with which a step of sampling and one of training fit into memory, which is tried.
 
     A size of 0 becomes the other one; where both are 0, or the given ones do not fit, both become the largest divisor
@@ -40,7 +40,7 @@ def fit_batch_sizes(policy, config, updates, share, keep_steps):
 
     Args:
         updates: of an inner epoch. share: samples that a process has in each.
-        keep_steps: whether sampling keeps every step, and not only the final latents.
+        kept: latents that are kept of each (`likelihood.latents_kept`).
     Returns:
         sample.batch_size, train.batch_size.
     Raises:
@@ -54,7 +54,7 @@ def fit_batch_sizes(policy, config, updates, share, keep_steps):
     equal = [(size, size) for size in range(min(given, default=most), 0, -1) if share % size == 0]
     tried = [(given[0], given[-1]), *(sizes for sizes in equal if sizes != (given[0], given[-1]))] if given else equal
     for sizes in tried:
-        if _fits(policy, config, updates * share, keep_steps, *sizes):
+        if _fits(policy, config, updates * share, kept, *sizes):
             break
         print(f"out of memory with sample.batch_size = {sizes[0]} and train.batch_size = {sizes[1]}", flush=True)
     else:
@@ -71,9 +71,9 @@ def fit_batch_sizes(policy, config, updates, share, keep_steps):
     return sizes
 
 
-def _fits(policy, config, count, keep_steps, sampled, trained):
+def _fits(policy, config, count, kept, sampled, trained):
     """Whether there is memory for a sampling step, a decoding, and a step of training, beside what a run holds
-    meanwhile: the trajectories and the optimizer's two moments (gradients come with the step)."""
+    meanwhile: `kept` latents of `count` samples and the optimizer's two moments (gradients come with the step)."""
     held, empty, guidance = [], policy.embed([""]), config.sample.guidance_scale
     noise_shape, parameters = policy.noise_shape(config.sample), policy.trainable_parameters()
 
@@ -84,7 +84,6 @@ def _fits(policy, config, count, keep_steps, sampled, trained):
 
     try:
         held += [torch.empty_like(p) for p in parameters for _ in range(2)]
-        kept = 2 * config.sample.num_steps + 1 if keep_steps else 1  # latents and means
         held += [torch.empty(count, kept, *noise_shape[1:], device=policy.device)]
         if policy.device.type == "cuda":
             spare = int(GPU_SPARE * torch.cuda.get_device_properties(policy.device).total_memory)

@@ -1,7 +1,8 @@
 """How likely the samples of an epoch are under the weights being trained: the terms that losses are made of.
 
 On the reverse process, log p_theta(x_{t-1} | x_t, c) of the denoising steps that were taken is exact. On the forward
-process, log p_theta(x_0 | c) of what came out has only a bound, minus the denoising error.
+process, log p_theta(x_0 | c) of what came out has only a bound, minus the denoising error: what base models are trained
+by. It needs no more than the finished picture, from whatever sampler, and few passes through the network.
 """
 
 from typing import NamedTuple
@@ -28,13 +29,34 @@ class Transitions(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """B samples x_0, each noised once at a random timestep; values are (B,) float32, means over dimensions."""
+    """B samples x_0, each noised at a random timestep t: x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) noise. All but
+    x_0_scale are (B, C, H, W) float32, in the space of the network's output: noise, v or x_0, by `prediction_type`."""
 
-    error: torch.Tensor  # (prediction - target)^2
+    output: torch.Tensor  # network(x_t, t, c) under the weights being trained
+    target: torch.Tensor  # what it is to predict, of this x_0 and this noise
+    old: torch.Tensor | None = None  # the output under the weights that sampled, for algorithms that need it
+    base: torch.Tensor | None = None  # that of the base model, if the algorithm or `train.kl_weight` needs it
+    x_0_scale: torch.Tensor | None = None  # (B, 1, 1, 1): |d x_0 / d output| at this x_t
+
+    @property
+    def error(self):
+        """(B,): the denoising error. Its negative bounds log p_theta(x_0 | c) from below, up to a constant and to
+        weights of the timesteps (DDPM, arXiv 2006.11239, section 3.4)."""
+        return mean_square(self.output - self.target)
+
+    @property
+    def kl_base(self):
+        """(B,): the divergence from the base model that a step from x_t would have, up to a weight of the timestep."""
+        return mean_square(self.output - self.base)
 
     def ratio_error(self):
-        """0: nothing is compared with the weights that sampled."""
+        """0: `old` is computed by the same kernels, but not in the same pass."""
         return torch.zeros_like(self.error)
+
+
+def mean_square(x):
+    """(B, ...) -> (B,)."""
+    return (x**2).mean(dim=tuple(range(1, x.ndim)))
 
 
 class Rollout:
@@ -51,12 +73,17 @@ class Rollout:
         # sigma_weighting: log-ratio * sigma_t / its mean, since steps with little noise would else be clipped first.
         stds = policy.step_stds(config.sample.eta)
         self.log_prob_scale = stds / stds.mean() if config.train.sigma_weighting else torch.ones_like(stds)
+        self.old_outputs = None  # forward process: (N, draws, C, H, W), if `rescore` is asked for them
+        if algorithm.process == "forward":
+            group = config.sample.images_per_prompt if algorithm.pairs else 1  # whose draws are the same
+            keys = [(config.seed, epoch, i - i % group) for i in indices]
+            self.draws = draw_timesteps_and_noise(policy, keys, self.latents.shape[2:], config.train)
 
-    def score(self, sample, step, inner_epoch):
+    def score(self, sample, step):
         """The Transitions, or Draws, of B pairs: `sample` (B,) indexes this rollout's samples, `step` (B,) the T steps
-        (or the draws of a sample)."""
+        (or the draws of a sample, inner epoch by inner epoch)."""
         if self.algorithm.process == "forward":
-            return self._draws(sample, inner_epoch)
+            return self._draws(sample, step)
         mean, std = self._mean_std(sample, step)
         kl_old, kl_base = gaussian_kl(mean, self.old_means[sample, step], std), None
         if self.config.train.kl_weight:
@@ -79,25 +106,41 @@ class Rollout:
         """Of the x_{t-1} that were sampled; (B,)."""
         return gaussian_log_prob(self.latents[sample, step + 1], mean, std)
 
-    def _draws(self, sample, inner_epoch):
-        keys = [(self.config.seed, self.epoch, inner_epoch, self.indices[i]) for i in sample.tolist()]
+    def _draws(self, sample, step):
+        t, dropped, noise = (values[sample, step] for values in self.draws)
         x_0, embeds = self.latents[sample, -1], self.prompt_embeds[sample]
-        return Draws(denoising_error(self.policy, x_0, keys, embeds, self.negative_embeds, self.config.train))
+        embeds = torch.where(dropped[:, None, None], self.negative_embeds, embeds)
+        x_t, target, x_0_scale = noised(self.policy.scheduler, x_0, noise, t)
+        output, old, base = self.policy.forward(x_t, t, embeds), None, None
+        if "old" in self.algorithm.needs:  # before any update it is the output itself
+            old = output.detach() if self.old_outputs is None else self.old_outputs[sample, step]
+        if "base" in self.algorithm.needs or self.config.train.kl_weight:
+            with torch.no_grad(), self.policy.base():
+                base = self.policy.forward(x_t, t, embeds)
+        return Draws(output, target, old, base, x_0_scale)
 
     @torch.no_grad()
     def rescore(self, plan):
-        """Computes the old means and log-probs anew, in the batches of training. plan: of `plan_updates`. The last pass
-        comes first, so that a transition that several passes see has the value that the first will find."""
+        """Computes the old means and log-probs anew, in the batches of training; on the forward process, the old
+        outputs. plan: of `plan_updates`. The last pass comes first, so that a transition that several passes see has
+        the value that the first will find."""
+        if self.algorithm.process == "forward":
+            old_outputs = torch.empty_like(self.draws[-1])
         for minibatches in reversed(plan):
             for sample, step in minibatches:
+                if self.algorithm.process == "forward":
+                    old_outputs[sample, step] = self._draws(sample, step).output
+                    continue
                 mean, std = self._mean_std(sample, step)
                 self.old_means[sample, step] = mean
                 self.old_log_probs[sample, step] = self._log_prob(sample, step, mean, std)
+        if self.algorithm.process == "forward":
+            self.old_outputs = old_outputs
 
     def describe(self, sample, step):
-        """Names a single transition in an error message."""
-        timestep = f"timestep {int(self.timesteps[step])} of " if self.algorithm.process == "reverse" else ""
-        return timestep + repr(self.prompts[sample])
+        """Names a transition, or draw, in an error message: the first of B."""
+        timestep = f"timestep {int(self.timesteps[step[0]])} of " if self.algorithm.process == "reverse" else ""
+        return timestep + repr(self.prompts[sample[0]])
 
 
 def batches_differ(config, share):
@@ -107,36 +150,61 @@ def batches_differ(config, share):
 
 
 def must_rescore(config, algorithm, share):
-    """Whether old log-probs must be computed again, as training will, for the ratio to be exactly 1 before any update:
-    where batches differ, or where sampling is guided and training is not."""
+    """Whether what the weights that sampled say of each transition, or draw, must be computed before the updates. On
+    the reverse process sampling has done so, but the ratio is exactly 1 before any update only if training composes
+    its batches alike, and guides if sampling does. On the forward process a single update needs no pass of its own."""
+    if algorithm.process == "forward":
+        updates = config.train.updates_per_epoch * config.train.inner_epochs
+        return "old" in algorithm.needs and (config.sample.averaged or updates > 1)
     unguided = config.sample.guidance_scale > 1 and not config.train.guidance
-    return algorithm.process == "reverse" and (batches_differ(config, share) or unguided)
+    return batches_differ(config, share) or unguided
 
 
-def denoising_error(policy, x_0, keys, prompt_embeds, negative_embeds, options):
-    """The loss that base models are trained by; its negative bounds log p_theta(x_0 | c) from below, up to weights of
-    the timesteps (DDPM, arXiv 2006.11239, section 3.4).
+def latents_kept(config, process):
+    """How many latents are kept of a sample: the steps and their means, or x_0 with the noise and old outputs of its
+    draws."""
+    if process == "reverse":
+        return 2 * config.sample.num_steps + 1
+    return 1 + 2 * config.train.draws * config.train.inner_epochs
 
-    error = mean (network(x_t, t, c) - target)^2,  x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) noise
 
-    with t uniform over the training timesteps and the target by `prediction_type`: noise, v or x_0.
+def draw_timesteps_and_noise(policy, keys, shape, options):
+    """What N samples are noised with, `options.draws` times in each inner epoch: K draws in all.
+
+    Timesteps are uniform over those of training, or with timestep_choice "first" over the noisiest
+    `timestep_fraction` of them, and stratified: draw k of K' comes from the k-th of K' equal parts.
 
     Args:
-        x_0: (B, C, H, W), latents.
-        keys: B tuples of integers, each of which alone determines its sample's t, noise and dropout.
-        prompt_embeds: (B, L, D) of the prompts. negative_embeds: (1, L, D) of the empty prompt.
-        options: `config.train`; a share `prompt_dropout` of the samples gets the empty prompt, which keeps guidance
-            working.
+        keys: N tuples of integers, each of which alone determines its sample's draws.
+        shape: (C, H, W) of a latent.
+        options: `config.train`; a share `prompt_dropout` of the draws is to get the empty prompt, as base models were
+            trained, which keeps guidance working.
     Returns:
-        (B,) float32.
+        timesteps (N, K) integers, dropped (N, K) booleans, noise (N, K, C, H, W), on the policy's device.
     """
-    scheduler, drawn = policy.scheduler, []
+    count, trained = options.draws, policy.scheduler.config.num_train_timesteps
+    lowest = 1 - options.timestep_fraction if options.timestep_choice == "first" else 0.0
+    rows = []
     for key in keys:
         generator = torch_generator("denoising", *key)
-        t = torch.randint(scheduler.config.num_train_timesteps, (), generator=generator)
-        drawn.append((t, torch.rand((), generator=generator), torch.randn(x_0.shape[1:], generator=generator)))
-    t, dropout, noise = (torch.stack(values).to(x_0.device) for values in zip(*drawn))
-    embeds = torch.where((dropout < options.prompt_dropout)[:, None, None], negative_embeds, prompt_embeds)
-    target = {"epsilon": noise, "v_prediction": scheduler.get_velocity(x_0, noise, t), "sample": x_0}
-    error = policy.forward(scheduler.add_noise(x_0, noise, t), t, embeds) - target[scheduler.config.prediction_type]
-    return (error**2).mean(dim=(1, 2, 3))
+        draws = []
+        for k in range(count * options.inner_epochs):
+            uniform, dropout = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+            level = lowest + (1 - lowest) * (k % count + uniform) / count
+            draws.append((int(trained * level), dropout < options.prompt_dropout))
+        t, dropped = zip(*draws)
+        noise = torch.randn(len(draws), *shape, generator=generator)
+        rows.append((torch.tensor(t), torch.tensor(dropped), noise))
+    return tuple(torch.stack(values).to(policy.device) for values in zip(*rows))
+
+
+def noised(scheduler, x_0, noise, t):
+    """x_0 (B, C, H, W) noised to timesteps t (B,): x_t, the network's target by `prediction_type` (noise, v or x_0),
+    and x_0_scale (B, 1, 1, 1) = |d x_0 / d output|: sqrt((1 - alpha) / alpha) for noise, sqrt(1 - alpha) for v."""
+    alpha = scheduler.alphas_cumprod[t].reshape(-1, *[1] * (x_0.ndim - 1))
+    target, x_0_scale = {
+        "epsilon": (noise, ((1 - alpha) / alpha).sqrt()),
+        "v_prediction": (alpha.sqrt() * noise - (1 - alpha).sqrt() * x_0, (1 - alpha).sqrt()),
+        "sample": (x_0, torch.ones_like(alpha)),
+    }[scheduler.config.prediction_type]
+    return alpha.sqrt() * x_0 + (1 - alpha).sqrt() * noise, target, x_0_scale

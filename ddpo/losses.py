@@ -1,13 +1,16 @@
-"""The algorithms side by side. Each raises the likelihood of the samples that it weighs up, by three choices:
+"""The algorithms side by side. Each raises the likelihood of the samples that it weighs up, by a few choices:
 
-    weigh      what multiplies a sample's loss: its advantage, or a weight made of its reward
-    loss       of that and of how likely the sample is under the weights being trained
-    process    "reverse": a loss on each denoising step x_t -> x_{t-1} that was taken (likelihood.Transitions), or
-               "forward": on the final x_0, noised anew (likelihood.Draws)
+    weigh        what multiplies a sample's loss: its advantage, or a weight made of its reward
+    loss         of that and of how likely the sample is under the weights being trained
+    process      "reverse": a loss on each denoising step x_t -> x_{t-1} that was taken (likelihood.Transitions), or
+                 "forward": on the final x_0, noised anew (likelihood.Draws)
+    needs        what the terms must hold: "old", of the weights that sampled, "base", of the base model
+    skips_zeros  samples of weight 0 are left out, which costs nothing then
+    pairs        two samples of a prompt follow one another in every minibatch, noised alike
 
 All have the same signatures:
 
-    advantages = weigh(rewards, advantages, prompts, options)   (N,), (N,), N strings -> (N,) float64
+    advantages = weigh(rewards, advantages, prompts, config)    (N,), (N,), N strings -> (N,) float64
     loss, info = loss(terms, advantages, options)               Transitions or Draws, (B,) -> (B,), {name: (B,)}
 
 N: the samples of an epoch, over all processes; `weigh` gets the advantages of ddpo/stat_tracking.py. B: a minibatch of
@@ -20,39 +23,58 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import logsigmoid
+
+from ddpo.likelihood import mean_square
 
 # ----------------------------------------------------------------------------------------- what multiplies the loss
 
 
-def clipped_advantage(rewards, advantages, prompts, options):
-    """DDPO: clip(A, -advantage_clip, advantage_clip)."""
-    return np.clip(advantages, -options.advantage_clip, options.advantage_clip)
+def clipped_advantage(rewards, advantages, prompts, config):
+    """clip(A, -advantage_clip, advantage_clip)."""
+    return np.clip(advantages, -config.train.advantage_clip, config.train.advantage_clip)
 
 
-def softmax_weight(rewards, advantages, prompts, options):
+def softmax_weight(rewards, advantages, prompts, config):
     """RWR: exp(inverse_temperature * reward), divided by its mean over the epoch, or with `weight_per_prompt` over the
     samples of the same prompt. An inverse temperature of 0 weighs all by 1: plain finetuning on one's own samples."""
     weight = np.empty(len(rewards))
-    for compared in _compared(prompts, options):
-        tilt = np.exp(options.inverse_temperature * (rewards[compared] - rewards[compared].max()))
+    for compared in _compared(prompts, config):
+        tilt = np.exp(config.train.inverse_temperature * (rewards[compared] - rewards[compared].max()))
         weight[compared] = tilt / tilt.mean()
     return weight
 
 
-def percentile_weight(rewards, advantages, prompts, options):
+def percentile_weight(rewards, advantages, prompts, config):
     """RWR-sparse: 1 for rewards at or above `keep_percentile` of the epoch (or of the prompt), 0 for others, divided by
     the mean. Samples of weight 0 cost nothing: they are not trained on."""
     weight = np.empty(len(rewards))
-    for compared in _compared(prompts, options):
-        kept = rewards[compared] >= np.percentile(rewards[compared], options.keep_percentile)
+    for compared in _compared(prompts, config):
+        kept = rewards[compared] >= np.percentile(rewards[compared], config.train.keep_percentile)
         weight[compared] = kept / kept.mean()
     return weight
 
 
-def _compared(prompts, options):
+def _compared(prompts, config):
     """Masks (N,) of the samples that are compared with one another."""
     prompts = np.asarray(prompts)
-    return [prompts == p for p in np.unique(prompts)] if options.weight_per_prompt else [np.full(len(prompts), True)]
+    per_prompt = config.train.weight_per_prompt
+    return [prompts == p for p in np.unique(prompts)] if per_prompt else [np.full(len(prompts), True)]
+
+
+def best_weight(rewards, advantages, prompts, config):
+    """Best of n: n for the image of each prompt's group with the highest reward, 0 for the others; so the mean is 1.
+    0 for all where the rewards of a group are equal."""
+    groups = rewards.reshape(-1, config.sample.images_per_prompt)
+    weight = np.zeros_like(groups, dtype=np.float64)
+    weight[np.arange(len(groups)), groups.argmax(1)] = groups.shape[1] * (np.ptp(groups, axis=1) > 0)
+    return weight.ravel()
+
+
+def best_and_worst(rewards, advantages, prompts, config):
+    """n / 2 for the best image of each prompt's group of n, -n / 2 for the worst, 0 for the others: the mean over all
+    of |weight| is 1. 0 for all where the rewards of a group are equal."""
+    return (best_weight(rewards, None, None, config) - best_weight(-rewards, None, None, config)) / 2
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
@@ -122,17 +144,95 @@ def policy_shift(terms, options):
     }
 
 
+def awm(terms, advantages, options):
+    """Advantage-weighted matching (arXiv 2509.25050): PPO's clipped surrogate, with minus the denoising error in the
+    place of the log-prob. The old error has the same timestep and noise, so the ratio is 1 before any update.
+
+    ratio = exp(old error - error)
+    loss = max(-A ratio, -A clip(ratio, 1 +- clip_range)) + anchor_weight |output - old|^2
+
+    Published with flow matching, without guidance, |A| <= 1, 6 draws an image, and a moving average as the anchor.
+    Deviations: the error is of the network's own target, which for noise is the velocity's but for a weight of the
+    timestep; the anchor is the policy that sampled, which is a moving average with `sample.averaged`.
+    """
+    ratio = torch.exp(mean_square(terms.old - terms.target) - terms.error)
+    clipped = ratio.clamp(1 - options.clip_range, 1 + options.clip_range)
+    moved = mean_square(terms.output - terms.old)
+    info = {"kl_old": moved.detach(), "clip_fraction": ((ratio - 1).abs() > options.clip_range).float()}
+    return torch.maximum(-advantages * ratio, -advantages * clipped) + options.anchor_weight * moved, info
+
+
+def nft(terms, advantages, options):
+    """DiffusionNFT (arXiv 2509.16117): a good image is fitted by a policy beyond the trained one, a bad image by its
+    mirror image on the other side of the policy that sampled. So bad images push away, with a bounded force.
+
+    r = clip(A / advantage_clip / 2 + 1/2, 0, 1),  b = nft_beta,  with x_0 as each output implies it
+    plus = (1 - b) old + b output,  minus = (1 + b) old - b output
+    e+- = x_0 of plus, minus, less the image's x_0
+    loss = advantage_clip / b * (r |e+|^2 / sg mean |e+| + (1 - r) |e-|^2 / sg mean |e-|)
+
+    Published with flow matching, deterministic sampling without guidance by the moving average (`sample.averaged`), and
+    1e-4 of the squared distance from the base model (`train.kl_weight`). x_0 is an affine function of the output at
+    x_t, whatever that predicts, so nothing deviates.
+    """
+    b, share = options.nft_beta, (advantages / options.advantage_clip / 2 + 0.5).clamp(0, 1)
+    loss = 0
+    for weight, direction in ((share, b), (1 - share, -b)):
+        error = terms.x_0_scale * (terms.old + direction * (terms.output - terms.old) - terms.target)
+        size = error.detach().abs().mean(dim=tuple(range(1, error.ndim)))
+        loss = loss + weight * mean_square(error) / size.clamp(min=1e-5)
+    return options.advantage_clip / b * loss, {"kl_old": mean_square(terms.output - terms.old).detach()}
+
+
+def ram(terms, advantages, options):
+    """RAM (arXiv 2605.10759): regression to the base model's output, moved by the old prediction's error, towards the
+    images of positive advantage and away from the others. The base model as the starting point is the KL penalty.
+
+    loss = |output - sg(base + ram_scale A (target - old))|^2
+
+    Published with flow matching, ram_scale 100, timesteps drawn in proportion to t, 8 draws, and a moving average as
+    the policy that samples. Deviations: the output is the network's own, for noise the velocity but for a weight of
+    the timestep; timesteps are uniform.
+    """
+    weight = options.ram_scale * advantages.reshape(-1, *[1] * (terms.output.ndim - 1))
+    aim = terms.base + weight * (terms.target - terms.old)
+    return mean_square(terms.output - aim), {"kl_old": mean_square(terms.output - terms.old).detach()}
+
+
+def dpo(terms, weights, options):
+    """Online DPO (Diffusion-DPO, arXiv 2311.12908) on the best and the worst image of each prompt's group, noised to
+    the same timestep with the same noise.
+
+    loss = -log sigmoid(-dpo_beta / 2 ((error - base error) of the best - (error - base error) of the worst))
+
+    Published on pairs that people chose, once; here the pairs are the epoch's own.
+    """
+    excess = terms.error - mean_square(terms.base - terms.target)
+    first, second = excess.view(-1, 2).unbind(1)
+    margin = weights.view(-1, 2)[:, 0].sign() * (first - second)  # the best's less the worst's
+    loss = -logsigmoid(-options.dpo_beta / 2 * margin)
+    return weights.abs() * loss.repeat_interleave(2), {}
+
+
 class Algorithm(NamedTuple):
     weigh: Callable
     loss: Callable
     process: str
+    needs: tuple = ()
+    skips_zeros: bool = False
+    pairs: bool = False
 
 
 ALGORITHMS = {
-    "ddpo_is": Algorithm(clipped_advantage, ddpo_is, "reverse"),
+    "ddpo_is": Algorithm(clipped_advantage, ddpo_is, "reverse", ("old",)),
     "ddpo_sf": Algorithm(clipped_advantage, ddpo_sf, "reverse"),
-    "ddpo_mask": Algorithm(clipped_advantage, ddpo_mask, "reverse"),
-    "ddpo_smooth": Algorithm(clipped_advantage, ddpo_smooth, "reverse"),
+    "ddpo_mask": Algorithm(clipped_advantage, ddpo_mask, "reverse", ("old",)),
+    "ddpo_smooth": Algorithm(clipped_advantage, ddpo_smooth, "reverse", ("old",)),
     "rwr": Algorithm(softmax_weight, rwr, "forward"),
-    "rwr_sparse": Algorithm(percentile_weight, rwr, "forward"),
+    "rwr_sparse": Algorithm(percentile_weight, rwr, "forward", skips_zeros=True),
+    "best_of_n": Algorithm(best_weight, rwr, "forward", skips_zeros=True),
+    "awm": Algorithm(clipped_advantage, awm, "forward", ("old",)),
+    "nft": Algorithm(clipped_advantage, nft, "forward", ("old",)),
+    "ram": Algorithm(clipped_advantage, ram, "forward", ("old", "base")),
+    "dpo": Algorithm(best_and_worst, dpo, "forward", ("base",), skips_zeros=True, pairs=True),
 }

@@ -83,22 +83,22 @@ class Optimizer:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def blame_gradient(where, parameters, minibatches, loss_of, describe):
+def blame_gradient(where, parameters, minibatches, loss_of, describe, size=1):
     """Raises the InputError of an update whose gradient is not finite, which names the first culprit of any process.
 
     Args:
-        minibatches: this process's, each a tuple of index tensors; they are tried sample by sample.
+        minibatches: this process's, each a tuple of index tensors; they are tried sample by sample, or `size` at once.
         loss_of: function of such a tuple that returns its losses and something else.
-        describe: function of such indices, of one sample, that names it.
+        describe: function of such indices that names the sample.
     """
     culprits = []
-    for single in (single for batch in minibatches for single in zip(*(indices.split(1) for indices in batch))):
+    for single in (single for batch in minibatches for single in zip(*(indices.split(size) for indices in batch))):
         for p in parameters:
             p.grad = None
         loss = loss_of(*single)[0]
         loss.sum().backward()
         if not all(p.grad.isfinite().all() for p in parameters if p.grad is not None):
-            culprits.append(f"{describe(*single)} (loss {float(loss):.4g})")
+            culprits.append(f"{describe(*single)} (loss {float(loss.sum()):.4g})")
             break
     culprits = gather_object(culprits) or ["no transition of its own, only in their sum"]
     raise InputError(

@@ -6,7 +6,8 @@ import os
 import runpy
 
 from config.base import get_config
-from ddpo.errors import InputError
+from ddpo.errors import InputError, choose
+from ddpo.losses import ALGORITHMS
 
 # What may differ in a resumed run without changing what is computed (memory knobs: beyond rounding).
 NO_EFFECT = (
@@ -71,7 +72,7 @@ def check(config, processes=1):
         ("stats.buffer_size", config.stats.buffer_size, 1), ("stats.min_count", config.stats.min_count, 1),
         ("stats.max_age", config.stats.max_age, 0), ("train.updates_per_epoch", train.updates_per_epoch, 1),
         ("train.inner_epochs", train.inner_epochs, 1), ("train.batch_size", train.batch_size, 0),
-        ("train.warmup_updates", train.warmup_updates, 0),
+        ("train.warmup_updates", train.warmup_updates, 0), ("train.draws", train.draws, 1),
         ("evaluate.every", config.evaluate.every, 0), ("evaluate.limit", config.evaluate.limit, 1),
         ("evaluate.count", config.evaluate.count, 2 if config.evaluate.clip else 1),
         ("reward_options.batch_size", config.reward_options.batch_size, 1),
@@ -85,6 +86,7 @@ def check(config, processes=1):
         ("stats.shrinkage", config.stats.shrinkage, math.inf),
         ("train.inverse_temperature", train.inverse_temperature, math.inf),
         ("train.kl_weight", train.kl_weight, math.inf), ("train.target_kl", train.target_kl, math.inf),
+        ("train.anchor_weight", train.anchor_weight, math.inf),
         ("train.keep_percentile", train.keep_percentile, 100),
         ("train.prompt_dropout", train.prompt_dropout, 1), ("train.ema_decay", train.ema_decay, 1),
         ("train.adam_weight_decay", train.adam_weight_decay, math.inf),
@@ -100,14 +102,24 @@ def check(config, processes=1):
             f"ddpo_sf makes one update an epoch, not {updates}: its gradient holds only at the weights that sampled. "
             "Use train.updates_per_epoch=1 and train.inner_epochs=1, or ddpo_is"
         )
-    for name in ("kl_weight", "target_kl"):
-        if config.algorithm in ("rwr", "rwr_sparse") and train[name]:
-            raise InputError(f"train.{name} = {train[name]}: {config.algorithm} compares no steps: use 0")
-    if config.advantage in ("per_group", "leave_one_out") and sample.images_per_prompt == 1:
+    algorithm = choose("algorithm", config.algorithm, ALGORITHMS)
+    if train.target_kl and "old" not in algorithm.needs:
         raise InputError(
-            f"advantage {config.advantage} compares images of one prompt: set sample.images_per_prompt to 2 or more"
+            f"train.target_kl = {train.target_kl}: {config.algorithm} does not know the policy that sampled: use 0"
         )
-    for name in ("learning_rate", "clip_range", "kl_range", "advantage_clip", "max_grad_norm", "timestep_fraction"):
+    for name, compares in (
+        (f"advantage {config.advantage}", config.advantage in ("per_group", "leave_one_out")),
+        (f"algorithm {config.algorithm}", config.algorithm in ("dpo", "best_of_n")),
+    ):
+        if compares and sample.images_per_prompt == 1:
+            raise InputError(f"{name} compares images of one prompt: set sample.images_per_prompt to 2 or more")
+    if sample.averaged and (algorithm.process == "reverse" or not train.ema_decay):
+        why = "there is none: set train.ema_decay, say to 0.9"
+        if algorithm.process == "reverse":
+            why = f"{config.algorithm} compares steps with those of the weights being trained: use False"
+        raise InputError(f"sample.averaged = True samples by the moving average of the weights, and {why}")
+    for name in ("learning_rate", "clip_range", "kl_range", "advantage_clip", "max_grad_norm", "timestep_fraction",
+                 "nft_beta", "ram_scale", "dpo_beta"):  # fmt: skip
         if not train[name] > 0:
             raise InputError(f"train.{name} = {train[name]} must be greater than 0")
     if train.learning_rate == math.inf:
@@ -119,9 +131,12 @@ def check(config, processes=1):
         raise InputError(f"reward_options.timeout = {config.reward_options.timeout} must be greater than 0")
     if not config.reward_timeout >= 0:
         raise InputError(f"reward_timeout = {config.reward_timeout} must be at least 0 (0: no limit)")
-    if not 0 < sample.eta <= 1:
+    if not 0 <= sample.eta <= 1 or (sample.eta == 0 and algorithm.process == "reverse"):
         raise InputError(
-            f"sample.eta = {sample.eta}: DDPO needs 0 < eta <= 1, since a deterministic step has no likelihood"
+            f"sample.eta = {sample.eta}: {config.algorithm} needs 0 < eta <= 1, since a deterministic step has no "
+            "likelihood"
+            if algorithm.process == "reverse"
+            else f"sample.eta = {sample.eta} must be from 0 to 1"
         )
     if not 1 <= sample.guidance_scale < math.inf:
         raise InputError(f"sample.guidance_scale = {sample.guidance_scale} must be at least 1 (no guidance) and finite")
@@ -138,6 +153,8 @@ def check(config, processes=1):
     if config.tracker not in ("", "wandb", "tensorboard"):
         raise InputError(f'unknown tracker {config.tracker!r}: "" (none), wandb or tensorboard')
     parts = math.lcm(train.updates_per_epoch * processes, sample.images_per_prompt)
+    if algorithm.pairs:  # a prompt's images are compared, so they belong to one update and one process
+        parts = train.updates_per_epoch * processes * sample.images_per_prompt
     if sample.images_per_epoch % parts:
         below, above = sample.images_per_epoch // parts * parts, (sample.images_per_epoch // parts + 1) * parts
         raise InputError(

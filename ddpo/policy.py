@@ -5,8 +5,8 @@ as a `StableDiffusionXLPipeline`.
 
 Precision. Trainable weights and the optimizer are always float32; "bf16" and "fp16" run the network under autocast, and
 keep frozen weights (all of the UNet, for LoRA) in half precision too. "tf32" is float32 with TensorFloat-32 matrix
-products. Norms are float32 in every mode, as CUDA's autocast computes them. So is the VAE: it runs once per picture, and
-in half precision it overflows.
+products. Norms are float32 in every mode, as CUDA's autocast computes them. So is the VAE: it runs once per picture,
+and in half precision it overflows.
 """
 
 import contextlib
@@ -46,6 +46,8 @@ class Policy:
         self.is_xl = isinstance(pipe, StableDiffusionXLPipeline)
         self.unet, self.vae, self.scheduler = pipe.unet, pipe.vae, pipe.scheduler
         self.ema = self._base_unet = None
+        self.samples_averaged = False
+        self.passes = 0  # of one latent through the network, a backward pass counting as two
         self._compiled = False
         self._embeddings, self._time_ids = {}, {}
 
@@ -64,6 +66,7 @@ class Policy:
             prompt_embeds = prompt_embeds[:, :-1]
         # Compiled without gradients the network would be another program, with other roundings: none of those then.
         with_gradient = torch.is_grad_enabled()
+        self.passes += len(latents) * (3 if with_gradient else 1)
         with (
             torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None),
             torch.set_grad_enabled(with_gradient or self._compiled),
@@ -144,12 +147,14 @@ class Policy:
     def trainable_parameters(self):
         return [p for p in self.unet.parameters() if p.requires_grad]
 
-    def prepare_training(self, options):
-        """Called before any weight changes. options: `config.train`. Where a KL from the base model is wanted, keeps
-        `base`: for full finetuning a copy of the UNet in the policy's precision, while a LoRA can just be left out."""
+    def prepare_training(self, options, needs_base=False, samples_averaged=False):
+        """Called before any weight changes. options: `config.train`. Where the base model's output is needed, for
+        a KL or otherwise, keeps `base`: for full finetuning a copy of the UNet in the policy's precision, while a LoRA
+        can just be left out. samples_averaged: `sampling_weights` are the moving average."""
+        self.samples_averaged = samples_averaged
         if options.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        if options.kl_weight and not self.lora_rank:
+        if (needs_base or options.kl_weight) and not self.lora_rank:
             self._base_unet = copy.deepcopy(self.unet).requires_grad_(False)
             halve_frozen(self._base_unet, self.dtype)
         if options.ema_decay:
@@ -179,6 +184,10 @@ class Policy:
             if self.lora_rank:
                 trained.enable_adapters()
             self.unet = trained
+
+    def sampling_weights(self):
+        """Within it, the trained weights are those that sample: themselves, or their moving average."""
+        return self.averaged() if self.samples_averaged else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def averaged(self):

@@ -106,7 +106,7 @@ class Run:
         bar = tqdm(range(self.done, self.config.num_epochs), "epochs", self.config.num_epochs, initial=self.done,
                    unit="epoch", disable=not self.is_main)  # fmt: skip
         for epoch in bar:
-            self.clock = Stopwatch()
+            self.clock, self.policy.passes = Stopwatch(), 0
             yield epoch
 
     def bar(self, total, label):
@@ -142,6 +142,7 @@ class Run:
         metrics = {
             "epoch": epoch,
             "reward_queries": self.done * images,
+            "network_passes": self.policy.passes * self.processes,
             **metrics,
             **self.clock.seconds,
             "images_per_second": images / self.clock.seconds["seconds"],

@@ -8,7 +8,7 @@ STREAMS = {
     "prompt": 1,  # of a sample: (seed, epoch, sample)
     "noise": 2,  # of a sample's trajectory: (seed, epoch, sample)
     "timesteps": 3,  # that an update trains on: (seed, epoch, inner epoch, update)
-    "denoising": 4,  # timestep, noise and dropout of the denoising loss: (seed, epoch, inner epoch, sample)
+    "denoising": 4,  # timestep, noise and dropout of the denoising loss: (seed, epoch, sample)
     "rater": 4,  # a simulated person's mistakes: (seed,), shorter than any key of "denoising"
     "split": 5,  # of choices and ratings, into those trained on and those held out: (seed,)
 }

@@ -99,13 +99,11 @@ def test_the_first_gradient_of_rwr_is_that_of_the_weighted_denoising_loss(tiny, 
     def gradient(weights):
         loss = 0
         for i in range(4):
-            generator = torch_generator("denoising", 0, 0, 0, i)  # seed, epoch, inner epoch, sample
-            t = int(torch.randint(1000, (), generator=generator))
-            given = empty if torch.rand((), generator=generator) < 0.5 else embeds[i : i + 1]
-            noise, x_0 = (
-                torch.randn(1, *seen["latents"][0].shape[2:], generator=generator),
-                seen["latents"][0][i : i + 1, -1],
-            )
+            generator = torch_generator("denoising", 0, 0, i)  # seed, epoch, sample
+            level, dropout = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+            t, given = int(1000 * level), empty if dropout < 0.5 else embeds[i : i + 1]
+            x_0 = seen["latents"][0][i : i + 1, -1]
+            noise = torch.randn(x_0.shape, generator=generator)
             alpha = scheduler.alphas_cumprod[t]
             x_t = alpha.sqrt() * x_0 + (1 - alpha).sqrt() * noise
             loss = loss + weights[i] * torch.nn.functional.mse_loss(unet(x_t, t, given).sample, noise)
@@ -120,8 +118,19 @@ CLIMBS = {
     "ddpo_mask": {},
     "ddpo_smooth": {"train.kl_range": 10.0},
     "ddpo_sf": {"train.updates_per_epoch": 1},
-    "rwr": {"train.inverse_temperature": 0.5, "train.inner_epochs": 2, "num_epochs": 3, "evaluate.every": 3},
+    "rwr": {
+        "train.inverse_temperature": 0.5,
+        "train.inner_epochs": 2,
+        "num_epochs": 3,
+        "evaluate.every": 3,
+        "train.timestep_choice": "random",
+    },
     "rwr_sparse": {"train.keep_percentile": 75.0, "train.inner_epochs": 12},
+    "best_of_n": {"sample.images_per_prompt": 4, "train.inner_epochs": 8, "train.draws": 2},
+    "awm": {"train.draws": 4},
+    "nft": {"train.draws": 4},
+    "ram": {"train.draws": 4},
+    "dpo": {"train.draws": 4, "sample.images_per_prompt": 4, "train.updates_per_epoch": 4},
 }
 
 

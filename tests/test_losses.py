@@ -26,6 +26,7 @@ CONFIG = SimpleNamespace(
     keep_percentile=90.0,
     weight_per_prompt=False,
 )
+WHOLE = SimpleNamespace(train=CONFIG, sample=SimpleNamespace(images_per_prompt=4))
 THETA, S, A, B = 0.4, 0.8, 1.5, 1.3
 NO_CLIP = SimpleNamespace(clip_range=1e9, kl_range=1e9)
 
@@ -40,7 +41,9 @@ def gradients(x, theta, algorithm, weight, old_theta=None, config=CONFIG):
     old_theta = theta.detach() if old_theta is None else torch.tensor(old_theta, dtype=torch.float64)
     log_prob, old = Normal(theta, S).log_prob(x), Normal(old_theta, S).log_prob(x)
     kl_old = (theta - old_theta) ** 2 / (2 * S**2)
-    terms = Draws(-log_prob) if algorithm is losses.rwr else Transitions(log_prob, old, kl_old)
+    # The denoising error (theta - x)^2 is -2 s^2 log p but for a constant.
+    draws = Draws(theta[:, None], x[:, None])
+    terms = draws if algorithm is losses.rwr else Transitions(log_prob, old, kl_old)
     loss, _ = algorithm(terms, torch.as_tensor(weight), config)
     return -torch.autograd.grad(loss.sum(), theta)[0]
 
@@ -52,7 +55,7 @@ def assert_mean(values, expected):
 
 
 def weigh(name, rewards, prompts=None):
-    return ALGORITHMS[name].weigh(np.asarray(rewards), np.asarray(rewards), prompts or ["a"] * len(rewards), CONFIG)
+    return ALGORITHMS[name].weigh(np.asarray(rewards), np.asarray(rewards), prompts or ["a"] * len(rewards), WHOLE)
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +99,8 @@ def test_rwr_shifts_the_mean_as_the_tilted_gaussian():
     x = draw(200_000)
     weight = weigh("rwr", B * x)
     assert weight.mean() == pytest.approx(1)
-    assert_mean(gradients(x, THETA, ALGORITHMS["rwr"].loss, weight), CONFIG.inverse_temperature * B)
+    gradient = gradients(x, THETA, ALGORITHMS["rwr"].loss, weight) / (2 * S**2)  # of log p, see `gradients`
+    assert_mean(gradient, CONFIG.inverse_temperature * B)
 
 
 def test_rwr_sparse_is_the_truncated_gaussian():
@@ -107,7 +111,8 @@ def test_rwr_sparse_is_the_truncated_gaussian():
     assert weight.mean() == pytest.approx(1)
     unit = Normal(0.0, 1.0)
     pdf = unit.log_prob(unit.icdf(torch.tensor(0.9))).exp()
-    assert_mean(gradients(x, THETA, ALGORITHMS["rwr_sparse"].loss, weight), float(pdf) / 0.1 / S)
+    gradient = gradients(x, THETA, ALGORITHMS["rwr_sparse"].loss, weight) / (2 * S**2)
+    assert_mean(gradient, float(pdf) / 0.1 / S)
 
 
 def test_inverse_temperature_zero_weighs_all_alike(monkeypatch):
@@ -148,7 +153,8 @@ def test_gradient_before_any_update_is_the_policy_gradient(algorithm):
 
 @pytest.mark.parametrize("name", ["ddpo_is", "ddpo_mask", "ddpo_smooth", "ddpo_sf"])
 def test_advantages_are_clipped_on_both_sides(name):
-    clipped = ALGORITHMS[name].weigh(None, np.array([-3.0, -1.0, 1.5, 7.0]), None, SimpleNamespace(advantage_clip=2.0))
+    config = SimpleNamespace(train=SimpleNamespace(advantage_clip=2.0))
+    clipped = ALGORITHMS[name].weigh(None, np.array([-3.0, -1.0, 1.5, 7.0]), None, config)
     assert clipped.tolist() == [-2.0, -1.0, 1.5, 2.0]
 
 

@@ -14,7 +14,7 @@ from config.base import get_config
 from ddpo.checkpoint import save_checkpoint
 from ddpo.ddim_logprob import ddim_step_with_logprob
 from ddpo.errors import InputError
-from ddpo.likelihood import Rollout, denoising_error
+from ddpo.likelihood import Draws, Rollout, draw_timesteps_and_noise, noised
 from ddpo.losses import ALGORITHMS
 from ddpo.pipeline_logprob import Trajectories, predict_noise, sample_with_logprob
 from ddpo.policy import load_policy, load_weights, save_weights
@@ -280,7 +280,7 @@ def test_kl_to_the_base_model_starts_at_zero_and_leads_back(tiny, rank):
     rollout = Rollout(policy, config, ALGORITHMS["ddpo_is"], 0, [0, 1, 2], ["a cat", "a dog", ""], trajectories)
 
     def kl():
-        return rollout.score(torch.arange(3), torch.arange(3), 0).kl_base.mean()
+        return rollout.score(torch.arange(3), torch.arange(3)).kl_base.mean()
 
     assert kl() == 0
     disturb(policy)
@@ -295,34 +295,67 @@ def test_kl_to_the_base_model_starts_at_zero_and_leads_back(tiny, rank):
     )  # a first-order step of a thousandth of its value
 
 
+def draw_options(**options):
+    return SimpleNamespace(**{"draws": 1, "inner_epochs": 1, "prompt_dropout": 0.0, "timestep_choice": "random",
+                              "timestep_fraction": 0.5, **options})  # fmt: skip
+
+
 @pytest.mark.parametrize("model, prediction_type", [("tiny", "epsilon"), ("tiny_v", "v_prediction")])
 def test_denoising_error_is_diffusers_training_loss(request, model, prediction_type):
-    """The loss that diffusers' own training scripts compute, its noise and timesteps drawn from the keys."""
+    """The loss that diffusers' own training scripts compute; and the scale is the derivative of x_0."""
     model = request.getfixturevalue(model)
     policy = load_policy(model, 4, "fp32", "cpu")
     disturb(policy)
-    x_0, _, embeds = inputs(policy)
-    seen = []
+    x_0, t, embeds = inputs(policy)
+    noise = torch.randn_like(x_0)
+    scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+    x_t, target, x_0_scale = noised(policy.scheduler, x_0, noise, t)
+    torch.testing.assert_close(x_t, scheduler.add_noise(x_0, noise, t), rtol=1e-5, atol=1e-5)
+    expected = noise if prediction_type == "epsilon" else scheduler.get_velocity(x_0, noise, t)
+    torch.testing.assert_close(target, expected, rtol=1e-5, atol=1e-5)
+    output = policy.unet(x_t, t, embeds).sample
+    loss = torch.nn.functional.mse_loss(output, expected, reduction="none").mean((1, 2, 3))
+    torch.testing.assert_close(Draws(policy.forward(x_t, t, embeds), target).error, loss, rtol=1e-4, atol=1e-5)
+    for i, step in enumerate(t.tolist()):  # what diffusers' step takes x_0 to be, for the output and for the target
+
+        def implied(output, step=step, i=i):
+            return scheduler.step(output[i : i + 1], step, x_t[i : i + 1]).pred_original_sample
+
+        difference = (implied(output) - implied(target)).abs()
+        scaled = (x_0_scale * (output - target)).abs()[i : i + 1]
+        torch.testing.assert_close(difference, scaled, rtol=1e-3, atol=1e-4)
+
+
+def test_draws_are_stratified_and_a_function_of_their_keys(tiny):
+    """A key alone decides; draw k comes from the k-th part of the timesteps, or of their noisier half; a share loses
+    its prompt."""
+    policy = load_policy(tiny, 4, "fp32", "cpu")
+    keys, shape = [(0, 1, i) for i in range(50)], policy.latent_shape()
+    t, dropped, noise = draw_timesteps_and_noise(policy, keys, shape, draw_options(draws=4, inner_epochs=2))
+    assert t.shape == dropped.shape == (50, 8) and noise.shape == (50, 8, *shape) and not dropped.any()
+    assert torch.equal(t // 250, torch.arange(4).repeat(2).expand(50, 8)) and 950 < t.max() < 1000
+    assert len(set(noise[:, :, 0, 0, 0].flatten().tolist())) == 400 and noise.std() == pytest.approx(1, abs=0.02)
+    alone = draw_timesteps_and_noise(policy, keys[7:8], shape, draw_options(draws=4, inner_epochs=2))
+    assert torch.equal(alone[0][0], t[7]) and torch.equal(alone[2][0], noise[7])
+    half = draw_options(draws=200, timestep_choice="first", prompt_dropout=0.3)
+    t, dropped, _ = draw_timesteps_and_noise(policy, keys, (1, 1, 1), half)
+    assert 500 <= t.min() < 505 and t.float().mean() == pytest.approx(749.5, abs=3)
+    assert dropped.float().mean() == pytest.approx(0.3, abs=0.02)
+
+
+def test_dropped_prompts_are_the_empty_prompt(tiny):
+    policy, config, seen = load_policy(tiny, 4, "fp32", "cpu"), get_config(), []
+    policy.set_timesteps(3)
+    config.train.prompt_dropout, config.train.draws = 0.5, 20
     forward = policy.forward
     policy.forward = lambda *arguments: seen.append(arguments) or forward(*arguments)
-    keys = [(0, 0, 0, i) for i in range(3)]
-    never, always = SimpleNamespace(prompt_dropout=0.0), SimpleNamespace(prompt_dropout=1.0)
-    ours = denoising_error(policy, x_0, keys, embeds, policy.embed([""]), never)
-    x_t, t, used = seen[0]
-    assert torch.equal(used, embeds)
-    scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
-    alpha = scheduler.alphas_cumprod[t][:, None, None, None]
-    noise = (x_t - alpha.sqrt() * x_0) / (1 - alpha).sqrt()
-    assert 0.7 < noise.std() < 1.3
-    target = noise if prediction_type == "epsilon" else scheduler.get_velocity(x_0, noise, t)
-    loss = torch.nn.functional.mse_loss(policy.unet(x_t, t, embeds).sample, target, reduction="none").mean((1, 2, 3))
-    torch.testing.assert_close(ours, loss, rtol=1e-3, atol=1e-4)
-    # A key alone decides: other batches, the same numbers. And dropped prompts are the empty prompt.
-    alone = torch.cat([denoising_error(policy, x_0[i:][:1], keys[i:][:1], embeds[i:][:1], policy.embed([""]), never)
-                       for i in range(3)])  # fmt: skip
-    torch.testing.assert_close(alone, ours, rtol=1e-5, atol=1e-6)
-    denoising_error(policy, x_0, keys, embeds, policy.embed([""]), always)
-    assert torch.equal(seen[-1][2], policy.embed([""]).expand_as(embeds))
+    trajectories = Trajectories([], torch.randn(1, 1, *policy.latent_shape()), None, None, policy.scheduler.timesteps)
+    rollout = Rollout(policy, config, ALGORITHMS["rwr"], 0, [0], ["a cat"], trajectories)
+    rollout.score(torch.zeros(20).long(), torch.arange(20))
+    empty, cat = policy.embed([""])[0], policy.embed(["a cat"])[0]
+    given = [torch.equal(row, empty) for row in seen[0][2]]
+    assert given == rollout.draws[1][0].tolist() and 0 < sum(given) < 20
+    assert all(torch.equal(row, empty if dropped else cat) for row, dropped in zip(seen[0][2], given))
 
 
 def test_moving_average(tiny):

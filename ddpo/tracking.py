@@ -46,12 +46,14 @@ class Stopwatch:
 
     def __init__(self):
         self.start = self.last = time.perf_counter()
+        self.cpu_start = time.process_time()
         self.seconds = {}
 
     def lap(self, phase):
-        """Counts the time since the last lap to a phase, and that since the start to "seconds"."""
+        """Counts the time since the last lap to a phase, and that since the start to "seconds" and, of this process's
+        cores, to "cpu_seconds"."""
         now = time.perf_counter()
-        self.seconds["seconds"] = now - self.start
+        self.seconds["seconds"], self.seconds["cpu_seconds"] = now - self.start, time.process_time() - self.cpu_start
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
         self.last = now
 

@@ -21,8 +21,11 @@ from PIL import Image
 from ddpo.prompts import get_prompts
 from ddpo.rewards import REWARDS
 
+PASSED_ON = ("train.learning_rate", "train.clip_range")  # where the bench keeps trl's defaults
 
-def main(options):
+
+def make_trainer(options):
+    """trl's trainer and its pipeline, with options by the names of config/base.py; others keep trl's defaults."""
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         torch.set_num_threads(options["threads"])
@@ -43,9 +46,24 @@ def main(options):
         per_prompt_stat_tracking=True,
         per_prompt_stat_tracking_buffer_size=32,
         save_freq=10**9,
+        seed=options.get("seed", 0),
+        **{ours.replace(".", "_"): options[ours] for ours in PASSED_ON if ours in options},
     )
     prompts, reward = get_prompts(options["prompts"]), REWARDS[options["reward"]]
-    rng, seconds = random.Random(0), {}
+    rng = random.Random(options.get("seed", 0))
+
+    def reward_fn(images, prompts, metadata):
+        """Its pictures are tensors (B, 3, H, W) in 0..1."""
+        arrays = (images * 255).round().clamp(0, 255).to(torch.uint8).cpu().permute(0, 2, 3, 1).numpy()
+        values, _ = reward([Image.fromarray(a) for a in arrays], prompts, metadata)
+        return torch.as_tensor(np.asarray(values)), {}
+
+    pipeline = DefaultDDPOStableDiffusionPipeline(options["model"], use_lora=options["lora_rank"] > 0)
+    return DDPOTrainer(config, reward_fn, lambda: rng.choice(prompts), pipeline), pipeline
+
+
+def main(options):
+    on_gpu, seconds = torch.cuda.is_available(), {}
 
     def timed(method, part):
         def wrapped(*args, **kwargs):
@@ -58,14 +76,7 @@ def main(options):
 
         return wrapped
 
-    def reward_fn(images, prompts, metadata):
-        """Its pictures are tensors (B, 3, H, W) in 0..1."""
-        arrays = (images * 255).round().clamp(0, 255).to(torch.uint8).cpu().permute(0, 2, 3, 1).numpy()
-        values, _ = reward([Image.fromarray(a) for a in arrays], prompts, metadata)
-        return torch.as_tensor(np.asarray(values)), {}
-
-    pipeline = DefaultDDPOStableDiffusionPipeline(options["model"], use_lora=options["lora_rank"] > 0)
-    trainer = DDPOTrainer(config, reward_fn, lambda: rng.choice(prompts), pipeline)
+    trainer, pipeline = make_trainer(options)
     trainer._generate_samples = timed(trainer._generate_samples, "seconds_sampling")
     trainer.compute_rewards = timed(trainer.compute_rewards, "seconds_rewards")
     passes = []  # sizes of the UNet's batches: what is compared must be the same arithmetic

@@ -1,5 +1,5 @@
 """A run of trl 0.23.1's DDPOTrainer under `scripts.time_to_reward`, which runs this in an environment of its own. It
-writes metrics.jsonl and evaluation.jsonl as train.py does, and the same code judges it on the same prompts and noise."""
+writes metrics.jsonl and evaluation.jsonl as train.py does; the same code judges it, on the same prompts and noise."""
 
 import json
 import sys

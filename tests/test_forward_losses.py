@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from config.base import get_config
 from ddpo.batches import plan_updates
-from ddpo.likelihood import Draws
+from ddpo.likelihood import Draws, Rollout
 from ddpo.losses import ALGORITHMS
+from ddpo.pipeline_logprob import Trajectories
+from ddpo.policy import load_policy
 
 OPTIONS = SimpleNamespace(
     clip_range=0.05, advantage_clip=2.0, anchor_weight=0.3, nft_beta=0.7, ram_scale=0.4, dpo_beta=6.0
@@ -155,3 +158,45 @@ def test_pairs_stay_together():
                 assert len(sample) % 2 == 0 and torch.equal(step[::2], step[1::2])
                 seen += [(pair, int(k)) for pair, k in zip(zip(*sample.view(-1, 2).T.tolist()), step[::2])]
         assert sorted(seen) == sorted((pair, k) for pair in pairs for k in range(6))
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_old_outputs_are_those_of_the_weights_that_sampled(tiny, averaged):
+    """Scored before the updates, in training's batches: equal to the output to the bit until a weight changes, and then
+    as they were; or those of the moving average."""
+    policy, config = load_policy(tiny, 0, "fp32", "cpu"), get_config()
+    config.update_from_flattened_dict({
+        "algorithm": "awm", "train.draws": 3, "train.batch_size": 2, "train.updates_per_epoch": 2,
+        "train.ema_decay": 0.9,
+        "sample.averaged": averaged, "sample.num_steps": 3, "sample.guidance_scale": 1.0,
+    })  # fmt: skip
+    policy.set_timesteps(3)
+    policy.prepare_training(config.train, samples_averaged=averaged)
+
+    def move():
+        with torch.no_grad():
+            for p in policy.trainable_parameters():
+                p += 0.02 * torch.randn_like(p)
+
+    if averaged:
+        move()  # away from the average
+    algorithm = ALGORITHMS["awm"]
+    x_0 = torch.randn(4, 1, *policy.latent_shape())
+    rollout = Rollout(policy, config, algorithm, 0, [0, 1, 2, 3], ["a cat"] * 4,
+                      Trajectories([], x_0, None, None, policy.scheduler.timesteps))  # fmt: skip
+    plan = plan_updates(config, algorithm, 0, torch.ones(4))
+    assert sum(len(sample) for minibatches in plan for sample, _ in minibatches) == 4 * 3
+
+    def terms():
+        with torch.no_grad():
+            return [rollout.score(sample, step) for minibatches in plan for sample, step in minibatches]
+
+    with policy.sampling_weights():
+        expected = [t.output for t in terms()]
+        rollout.rescore(plan)
+    before = terms()
+    assert all(torch.equal(t.old, e) for t, e in zip(before, expected))
+    assert all(torch.equal(t.old, t.output) != averaged for t in before)
+    move()
+    after = terms()
+    assert all(torch.equal(t.old, e) and not torch.equal(t.old, t.output) for t, e in zip(after, expected))

@@ -3,6 +3,7 @@
     accelerate launch train.py --config config/aesthetic.py            (LoRA, the port's settings)
     accelerate launch train.py --config config/aesthetic.py:full       (the paper's settings)
     accelerate launch train.py --config config/aesthetic.py:one_gpu    (LoRA in short epochs: trl's post)
+    accelerate launch train.py --config config/aesthetic.py:fast       (LoRA by DiffusionNFT)
 
 Prompts: the 45 common animals. Needs openai/clip-vit-large-patch14 and the head in trl-lib/ddpo-aesthetic-predictor of
 the hub, or `--config.reward=aesthetic:HEAD.pth`. A reward model of your own: `--config.reward=learned:FOLDER`.

@@ -4,6 +4,7 @@ sees it.
     accelerate launch train.py --config config/alignment.py            (LoRA, the port's settings)
     accelerate launch train.py --config config/alignment.py:full       (the paper's settings)
     accelerate launch train.py --config config/alignment.py:one_gpu    (LoRA in short epochs: trl's post)
+    accelerate launch train.py --config config/alignment.py:fast       (LoRA by DiffusionNFT)
 
 Prompts: 45 animals washing the dishes, riding a bike or playing chess. LLaVA 1.5 13B runs in the training process by
 default, whose 13 billion weights take 26 GB in half precision; elsewhere: `--config.reward=alignment:http://HOST:PORT/v1`.

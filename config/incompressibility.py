@@ -3,6 +3,7 @@
     accelerate launch train.py --config config/incompressibility.py            (LoRA, the port's settings)
     accelerate launch train.py --config config/incompressibility.py:full       (the paper's settings)
     accelerate launch train.py --config config/incompressibility.py:one_gpu    (LoRA in short epochs: trl's post)
+    accelerate launch train.py --config config/incompressibility.py:fast       (LoRA by DiffusionNFT)
 
 All else as in compressibility.py. Not yet run on the real weights.
 """

@@ -113,6 +113,7 @@ def test_the_first_gradient_of_rwr_is_that_of_the_weighted_denoising_loss(tiny, 
     assert distance(seen["gradients"][0], gradient(np.roll(weights, 1))) > 0.05
 
 
+ONE_UPDATE = {"train.draws": 4, "train.updates_per_epoch": 1, "train.learning_rate": 3e-4}
 CLIMBS = {
     "ddpo_is": {},
     "ddpo_mask": {},
@@ -125,11 +126,17 @@ CLIMBS = {
         "evaluate.every": 3,
         "train.timestep_choice": "random",
     },
-    "rwr_sparse": {"train.keep_percentile": 75.0, "train.inner_epochs": 12},
+    "rwr_sparse": {
+        "train.keep_percentile": 75.0,
+        "train.inner_epochs": 12,
+        "train.timestep_choice": "random",
+        "num_epochs": 3,
+        "evaluate.every": 3,
+    },
     "best_of_n": {"sample.images_per_prompt": 4, "train.inner_epochs": 8, "train.draws": 2},
     "awm": {"train.draws": 4},
-    "nft": {"train.draws": 4},
-    "ram": {"train.draws": 4},
+    "nft": ONE_UPDATE,
+    "ram": {**ONE_UPDATE, "train.ram_scale": 4.0, "num_epochs": 4, "evaluate.every": 4},
     "dpo": {"train.draws": 4, "sample.images_per_prompt": 4, "train.updates_per_epoch": 4},
 }
 

@@ -13,11 +13,14 @@ from ddpo.options import check
 
 # images per epoch, updates per epoch, epochs, learning rate, rank, rewards kept per prompt, advantage clip
 LORA, FULL, ONE_GPU = (256, 4, 100, 3e-4, 4, 16, 5), (256, 4, 200, 1e-5, 0, 32, 10), (24, 8, 200, 3e-4, 4, 32, 5)
+FAST = (256, 1, 100, 3e-4, 4, 16, 5)
 INTENDED = {
     "compressibility:lora": LORA, "compressibility:full": FULL, "compressibility:one_gpu": ONE_GPU,
     "incompressibility:lora": LORA, "incompressibility:full": FULL, "incompressibility:one_gpu": ONE_GPU,
     "aesthetic:lora": (256, 2, 200, 3e-4, 4, 32, 5), "aesthetic:full": FULL, "aesthetic:one_gpu": ONE_GPU,
     "alignment:lora": (288, 2, 200, 3e-4, 4, 32, 5), "alignment:full": FULL, "alignment:one_gpu": ONE_GPU,
+    "compressibility:fast": FAST, "incompressibility:fast": FAST, "aesthetic:fast": FAST,
+    "alignment:fast": (256, 1, 100, 3e-4, 4, 32, 5),
 }  # fmt: skip
 
 
@@ -32,7 +35,9 @@ def test_settings_are_those_of_the_sources(preset):
     sample, opt = config.sample, config.train
     numbers = sample.images_per_epoch, opt.updates_per_epoch, config.num_epochs, opt.learning_rate
     assert (*numbers, config.lora_rank, config.stats.buffer_size, opt.advantage_clip) == INTENDED[preset]
-    assert (sample.num_steps, sample.guidance_scale, sample.eta, opt.clip_range) == (50, 5.0, 1.0, 1e-4)
+    steps = 20 if preset.endswith("fast") else 50
+    assert (sample.num_steps, sample.guidance_scale, sample.eta, opt.clip_range) == (steps, 5.0, 1.0, 1e-4)
+    assert config.algorithm == ("nft" if preset.endswith("fast") else "ddpo_is")
     assert (opt.adam_weight_decay, opt.adam_beta1, opt.adam_beta2, opt.adam_epsilon) == (1e-4, 0.9, 0.999, 1e-8)
     assert opt.max_grad_norm == 1.0 and opt.inner_epochs == 1 and config.precision in ("bf16", "fp32")
     for processes in (1, 2, 8):
@@ -43,7 +48,8 @@ def test_settings_are_those_of_the_sources(preset):
         check(config, processes)
         share = sample.images_per_epoch // opt.updates_per_epoch // processes  # samples of an update on each
         assert share * processes * opt.updates_per_epoch == sample.images_per_epoch
-        assert 1 <= min(opt.batch_size, share) <= 8 and 1 <= sample.batch_size <= 8
+        most = 16 if preset.endswith("fast") else 8  # without guidance in training twice as many fit
+        assert 1 <= min(opt.batch_size, share) <= most and 1 <= sample.batch_size <= most
 
 
 @pytest.mark.parametrize("preset", INTENDED)
@@ -52,7 +58,7 @@ def test_an_epoch_on_a_tiny_model(tiny, tmp_path, monkeypatch, preset):
     config = load(preset)
     config.update_from_flattened_dict({
         "model": tiny, "run_dir": str(tmp_path), "num_epochs": 1, "grid_images": 1, "threads": 1,
-        "sample.num_steps": 2, "sample.images_per_epoch": config.train.updates_per_epoch,
+        "sample.num_steps": 2, "sample.images_per_epoch": max(2, config.train.updates_per_epoch),
     })  # fmt: skip
     if not config.reward.startswith("jpeg"):
         config.reward = "jpeg_compressibility"

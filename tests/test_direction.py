@@ -128,10 +128,9 @@ CLIMBS = {
     },
     "rwr_sparse": {
         "train.keep_percentile": 75.0,
-        "train.inner_epochs": 12,
+        "train.inner_epochs": 8,
         "train.timestep_choice": "random",
-        "num_epochs": 3,
-        "evaluate.every": 3,
+        "sample.images_per_epoch": 64,
     },
     "best_of_n": {"sample.images_per_prompt": 4, "train.inner_epochs": 8, "train.draws": 2},
     "awm": {"train.draws": 4},

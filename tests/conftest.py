@@ -110,29 +110,30 @@ def command_line(*arguments, processes=1, launcher=(), direct=False, script="tra
     return [*command, *arguments, *(f"--config.{k}={v}" for k, v in options.items())]
 
 
-_server = None
+_servers = {}  # of tests/forkserver.py, by the library of a simulated GPU, if any
 
 
 def run(command, env=None, file_limit=0):
     """Runs a command to its end; `python FILE` by tests/forkserver.py, so without the time that imports take.
     file_limit: bytes that no file may outgrow."""
-    global _server
     env = env or {}
+    simulated = {key: value for key, value in env.items() if key == "SIMULATED_CUDA"}
     if not str(command[1]).endswith(".py"):
         environment = {**os.environ, **env}
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    if _server is None:
+    server = _servers.get(str(simulated))
+    if server is None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        _server = subprocess.Popen(
-            [sys.executable, "tests/forkserver.py"], cwd=ROOT, text=True, env=environment,
+        server = _servers[str(simulated)] = subprocess.Popen(
+            [sys.executable, "tests/forkserver.py"], cwd=ROOT, text=True, env=environment | simulated,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "stdout"), Path(folder, "stderr")
         request = {"script": command[1], "arguments": [str(a) for a in command[2:]], "env": env}
         request |= {"stdout": str(out), "stderr": str(err), "file_limit": file_limit}
-        print(json.dumps(request), file=_server.stdin, flush=True)
-        code = int(_server.stdout.readline())
+        print(json.dumps(request), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
         return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
 
 

@@ -2,15 +2,19 @@
 
 Reads one JSON request per line: {"script", "arguments", "env", "stdout", "stderr", "file_limit"}. For each it forks;
 the child becomes `python SCRIPT ARGUMENTS` and ends as that would. Answers with the exit code. This process itself
-computes nothing, so that nothing (threads, random state) is inherited.
+computes nothing, so that nothing (threads, random state) is inherited. With SIMULATED_CUDA, see simulated_cuda.py.
 """
 
+import ctypes
 import gc
 import json
 import os
 import resource
 import runpy
 import sys
+
+if "SIMULATED_CUDA" in os.environ:  # before torch, which asks at once whether there is a GPU
+    ctypes.CDLL(os.environ["SIMULATED_CUDA"], ctypes.RTLD_GLOBAL)
 
 import accelerate  # noqa: F401
 import diffusers.loaders  # noqa: F401

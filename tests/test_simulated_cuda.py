@@ -20,8 +20,10 @@ RUNS = {
     "full, fp32": {"lora_rank": 0, "precision": "fp32", "train__kl_weight": 0.1, "train__ema_decay": 0.9},
     "full, bf16": {"lora_rank": 0, "precision": "bf16", "algorithm": "ddpo_sf", "train__guidance": False},
     "full, fp16": {"lora_rank": 0, "precision": "fp16", "train__kl_weight": 0.1, "train__sigma_weighting": True},
-    "RWR": {"precision": "bf16", "algorithm": "rwr", "train__inner_epochs": 2},
-    "sparse RWR": {"lora_rank": 0, "precision": "fp32", "algorithm": "rwr_sparse", "sample__guidance_scale": 1.0},
+    "RWR": {"precision": "bf16", "algorithm": "rwr_sparse", "train__inner_epochs": 2, "train__kl_weight": 0.1},
+    "AWM": {"precision": "bf16", "algorithm": "awm", "sample__averaged": True, "train__ema_decay": 0.9},
+    "RAM": {"lora_rank": 0, "precision": "fp32", "algorithm": "ram", "sample__guidance_scale": 1.0},
+    "DPO": {"precision": "fp16", "algorithm": "dpo", "sample__images_per_prompt": 2},
     "SDXL": {"precision": "bf16", "train__target_kl": 1.0, "train__timestep_fraction": 0.5},
 }
 

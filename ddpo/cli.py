@@ -9,12 +9,12 @@ import sys
 import threading
 import time
 
-import torch
 from absl import app, flags
 from ml_collections import config_flags
 
 from config.base import get_config as base_config
 from ddpo.errors import InputError, nearest
+from ddpo.hardware import out_of_memory
 from ddpo.interrupt import die_with_launcher
 from ddpo.options import expand_home, flatten
 from ddpo.policy import PRECISIONS
@@ -49,8 +49,8 @@ def run(train):
         if any(thread.name == "reward" for thread in threading.enumerate()):  # it hangs, and would hold up the exit
             os._exit(1)
         sys.exit(1)
-    except torch.OutOfMemoryError as error:  # later than the batches that were tried at the start: rewards, a neighbour
-        if os.environ.get("DDPO_TRACEBACK"):
+    except RuntimeError as error:  # later than the batches that were tried at the start: rewards, a neighbour
+        if os.environ.get("DDPO_TRACEBACK") or not out_of_memory(error):
             raise
         sys.exit(
             f"error: out of memory: {str(error).splitlines()[0]} Resume with smaller --config.sample.batch_size and "

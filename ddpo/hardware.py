@@ -15,6 +15,18 @@ from ddpo.pipeline_logprob import decode, predict_noise
 # nothing, see results/bench; a GPU is filled but for a share of its memory, left to rewards and fragments.
 CPU_LATENT_PIXELS = 64 * 64
 GPU_SPARE = 0.1
+# CUDA's libraries have errors of their own for it, some of which do not say so: cuBLAS finds no room for its workspace,
+# cuDNN none for that of any algorithm.
+OUT_OF_MEMORY = (
+    "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute", "Unable to find a valid cuDNN algorithm",
+)  # fmt: skip
+
+
+def out_of_memory(error):
+    """Whether an exception says that the device's memory did not suffice."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def cpu_cores():
@@ -94,7 +106,9 @@ def _fits(policy, config, count, kept, sampled, trained):
             decode(policy, latents)
         output(trained).square().mean().backward()
         return True
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         return False
     finally:
         for p in parameters:

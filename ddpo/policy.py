@@ -268,6 +268,9 @@ def load_policy(model, lora_rank, precision, device, lora_targets="to_q,to_k,to_
                 module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
     # The CPU's fused attention has a backward pass in half precision that takes longer than all the rest.
     torch.backends.cuda.enable_flash_sdp(not on_cpu or dtype is None)
+    # cuDNN's attention is another graph with gradients than without, so the importance ratio may not be 1. What is left
+    # (flash for half precision, else memory-efficient) is one kernel for both.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if not on_cpu:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     pipe.unet.eval()

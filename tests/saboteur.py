@@ -114,6 +114,8 @@ elif SABOTAGE.startswith("memory for "):  # so many rows in a forward pass
     def limited(self, latents, *args):
         passes.append(len(latents))
         if len(latents) > int(SABOTAGE.split()[2]) or (SABOTAGE.endswith("then less") and len(passes) > 8):
+            if "cuBLAS" in SABOTAGE:
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return forward(self, latents, *args)
 

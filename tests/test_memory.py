@@ -22,10 +22,13 @@ def test_batch_sizes_are_found(tiny, tmp_path):
     assert metrics(tmp_path / "found") == metrics(tmp_path / "given")
 
 
-@pytest.mark.parametrize("given", [ZERO, {"sample__batch_size": 4, "train__batch_size": 0, "direct": True}])
-def test_out_of_memory_lowers_them(tiny, tmp_path, given):
-    """Memory for two rows (no guidance here)."""
-    options = {"script": "tests/saboteur.py", "env": {"SABOTAGE": "memory for 2"}, "grid_images": 1}
+FOUR = {"sample__batch_size": 4, "train__batch_size": 0, "direct": True}
+
+
+@pytest.mark.parametrize("given, library", [(ZERO, ""), (FOUR, " in cuBLAS")])
+def test_out_of_memory_lowers_them(tiny, tmp_path, given, library):
+    """Memory for two rows (no guidance here), in torch's words or in a library's."""
+    options = {"script": "tests/saboteur.py", "env": {"SABOTAGE": f"memory for 2{library}"}, "grid_images": 1}
     result = launch(model=tiny, run_dir=tmp_path / "run", **options, **given)
     assert "out of memory with sample.batch_size = 4 and train.batch_size = 4" in result.stdout
     assert "batch sizes: 2 images when sampling, 2 transitions when training" in result.stdout

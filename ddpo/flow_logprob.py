@@ -90,15 +90,15 @@ def flow_step_mean_std(scheduler, model_output, timestep, sample, noise_level, k
     v, x = model_output.float(), sample.float()
     s, s_next, second = sigmas_of(scheduler, timestep, x)
     dt = s_next - s
+    x_0, eps = x - s * v, x + (1 - s) * v
     if kind == "cps":
         angle = noise_level * math.pi / 2
-        x_0, eps = x - s * v, x + (1 - s) * v
         return (1 - s_next) * x_0 + s_next * math.cos(angle) * eps, s_next * math.sin(angle)
-    if kind == "sde":
-        g = noise_level * (s / (1 - torch.where(s == 1, second, s))).sqrt()
-    else:
-        g = torch.full_like(s, noise_level)
-    pull = g**2 / (2 * s)  # towards the marginal at s, by the score; it makes up for the noise
+    if kind == "dance":  # eps / s as its authors form it, which rounds to 1e-4 at the smallest s, as does theirs
+        drift = v + noise_level**2 / 2 * (x - x_0 * (1 - s)) / s**2
+        return x + drift * dt, noise_level * (-dt).sqrt()
+    g = noise_level * (s / (1 - torch.where(s == 1, second, s))).sqrt()
+    pull = g**2 / (2 * s)
     return x * (1 + pull * dt) + v * (1 + pull * (1 - s)) * dt, g * (-dt).sqrt()
 
 

@@ -55,8 +55,9 @@ def _read_text(path):
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', '') or 'it is not UTF-8 text'}") from error
 
 
-def read_choices(paths):
-    """The votes in JSONL files of `scripts.annotate`, oldest first, without those that were undone.
+def read_choices(paths, repeats=False):
+    """The votes in JSONL files of `scripts.annotate`, oldest first, without those that were undone. What a rater said
+    when a pair was asked a second time, to see how sure they are, is left out unless `repeats`.
 
     Each is {"pair", "prompt", "left", "right", "choice": left, right, tie or skip, "rater"}; the pictures' paths are
     relative to the file's folder.
@@ -65,15 +66,16 @@ def read_choices(paths):
     for path in map(str, paths):
         for record in read_jsonl(path):
             try:
-                key, choice = (path, record["rater"], record["pair"]), record["choice"]
+                repeat, choice = record.get("repeat", False), record["choice"]
+                key = (path, record["rater"], record["pair"], repeat)
                 if choice not in (*VOTES, "skip", "undo"):
                     raise ValueError(f"{choice!r} is none of left, right, tie, skip, undo")
                 votes.pop(key, None)
-                if choice != "undo":
+                if choice != "undo" and (repeats or not repeat):
                     folder = os.path.dirname(path)
                     sides = {side: os.path.join(folder, record[side]) for side in ("left", "right")}
                     votes[key] = {**record, **sides}
-            except (KeyError, TypeError, ValueError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{path}: {record} is not a choice of scripts.annotate ({error})") from error
     return list(votes.values())
 

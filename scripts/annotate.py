@@ -5,29 +5,36 @@
     python -m scripts.annotate --images FOLDER                           (pictures that exist)
 
 Everything lands in --output: images/ and pairs.jsonl, made first, and choices.jsonl, to which each click is appended
-and flushed to disk at once. Start it again and every rater goes on where they stopped. Then:
+and flushed to disk at once. Start it again and every rater goes on where they stopped, each under their name. Then:
 
     python -m scripts.train_reward --choices OUTPUT/choices.jsonl --output runs/my-reward
 
 Two pictures of a pair share their prompt, not their noise. With --images, FOLDER/NAME.txt is the caption of
 FOLDER/NAME.png, and only pictures of the same caption are compared. Which one stands left is drawn for each rater.
-Keys: left and right arrow, down for a tie, s to skip, u to undo.
+Keys: left and right arrow, down for a tie, s to skip, u to undo. One pair in ten is asked a second time, sides swapped:
+how often the answers agree is shown at the end. In choices.jsonl those lines say "repeat": true, and no training uses
+them.
 """
 
 import argparse
-import functools
+import errno
 import hashlib
+import ipaddress
 import json
 import os
 import random
-import threading
+import socket
+import sys
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
+import fastapi
 import torch
+import uvicorn
+from fastapi.responses import FileResponse, JSONResponse
 from tqdm import tqdm
 
 from ddpo import prompts
@@ -37,11 +44,13 @@ from ddpo.options import load_preset
 from ddpo.pipeline_logprob import draw_noise, sample_with_logprob
 from ddpo.policy import load_policy, load_weights
 from ddpo.reward_model import read_choices, read_jsonl
+from ddpo.run import lock_run
 from ddpo.seeds import numpy_generator
 from scripts.sample import open_run
 
 PAGE = Path(__file__).parent / "annotate.html"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+LATER = 20  # new pairs between the first time a pair is asked and the second: too many to remember
 
 
 # ---------------------------------------------------------------------------------------------------- making the pairs
@@ -123,97 +132,201 @@ def read_pairs(path):
 
 
 # -------------------------------------------------------------------------------------------------------- the choices
-def shown(pair, rater):
-    """(left, right) picture of a pair for this rater: the sides are drawn, lest a habit of the hand be learned."""
-    swap = hashlib.sha256(f"{rater}/{pair['pair']}".encode()).digest()[0] % 2
+def shown(pair, rater, repeat=False):
+    """(left, right) picture of a pair for this rater: the sides are drawn, lest a habit of the hand be learned. The
+    second time they are swapped."""
+    swap = hashlib.sha256(f"{rater}/{pair['pair']}".encode()).digest()[0] % 2 != repeat
     return pair["images"][::-1] if swap else list(pair["images"])
 
 
 def append_line(path, record):
-    """Appends one line and waits until it is on the disk. A line that a kill cut short gets its end first."""
-    with open(path, "ab+") as f:
-        if f.seek(0, os.SEEK_END) and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n":
-            f.write(b"\n")
-        f.write((json.dumps(record) + "\n").encode())
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def history(path, rater):
-    """The pair numbers that a rater has answered, in order, without those undone."""
-    return [record["pair"] for record in read_choices([path]) if record["rater"] == rater] if path.exists() else []
-
-
-class Handler(BaseHTTPRequestHandler):
-    """GET / the page; /state?rater=NAME what to show; /image/PAIR/0 or 1; POST /choice {rater, pair, choice}."""
-
-    def __init__(self, *args, output, pairs, lock):
-        self.output, self.pairs, self.lock = output, pairs, lock
-        super().__init__(*args)
-
-    def do_GET(self):
-        url = urlsplit(self.path)
-        parts = url.path.strip("/").split("/")
-        if url.path == "/":
-            self.reply(PAGE.read_bytes(), "text/html; charset=utf-8")
-        elif url.path == "/state":
-            with self.lock:
-                self.reply(self.state(parse_qs(url.query).get("rater", [""])[0]))
-        elif len(parts) == 3 and parts[0] == "image" and parts[1].isdigit() and parts[2] in ("0", "1"):
-            if int(parts[1]) >= len(self.pairs):
-                return self.send_error(404)
-            name = self.pairs[int(parts[1])]["images"][int(parts[2])]  # only what pairs.jsonl names is ever served
-            try:
-                self.reply((self.output / name).read_bytes(), "image/*")
-            except FileNotFoundError:
-                self.send_error(404)
-        else:
-            self.send_error(404)
-
-    def do_POST(self):
+    """Appends one line and waits until it is on the disk. A line that a kill cut short gets its end first. Raises
+    OSError, and leaves the file as it was, if there is no room."""
+    line = (json.dumps(record) + "\n").encode()
+    with open(path, "ab+", buffering=0) as f:
+        size = f.seek(0, os.SEEK_END)
+        if size and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n":
+            line = b"\n" + line
         try:
-            record = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            rater, pair, choice = str(record["rater"]).strip(), record["pair"], record["choice"]
-            if not rater or choice not in ("left", "right", "tie", "skip", "undo") or type(pair) is not int:
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            return self.send_error(400)
-        if self.headers.get("Content-Type") != "application/json":  # which a foreign page cannot send unasked
-            return self.send_error(415)
-        path = self.output / "choices.jsonl"
-        with self.lock:
-            done = history(path, rater)
-            if choice == "undo":
-                if done:
-                    append_line(path, {"pair": done[-1], "choice": "undo", "rater": rater, "time": time.time()})
-            elif 0 <= pair < len(self.pairs) and pair not in done:  # a double click answers once
-                left, right = shown(self.pairs[pair], rater)
-                answer = {"pair": pair, "prompt": self.pairs[pair]["prompt"], "left": left, "right": right}
-                append_line(path, {**answer, "choice": choice, "rater": rater, "time": time.time()})
-            self.reply(self.state(rater))
+            if f.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(f.fileno())
+        except OSError:
+            f.truncate(size)
+            raise
+
+
+def list_questions(count, repeat_every):
+    """[(pair, repeat)], in the order asked: pairs 0 to count - 1, and each `repeat_every`-th (0: none) once more,
+    `LATER` pairs later. More pairs lengthen the list and leave its beginning as it was."""
+    questions = []
+    for pair in range(count):
+        questions.append((pair, False))
+        if repeat_every and pair >= LATER and (pair - LATER) % repeat_every == 0:
+            questions.append((pair - LATER, True))
+    return questions
+
+
+def summarize(answers):
+    """Sentences on how carefully a rater answered, from {(pair, repeat): choice}."""
+    sentences, left, right = [], *(list(answers.values()).count(side) for side in ("left", "right"))
+    if clear := left + right:
+        share = f"The left picture (on a phone, the upper) was chosen in {left / clear:.0%} of {clear} clear choices."
+        sentences.append(f"{share} Sides are drawn by chance: far from half is a habit.")
+    both = [(answers.get((pair, False)), choice) for (pair, repeat), choice in answers.items() if repeat]
+    both = [choices for choices in both if None not in choices and "skip" not in choices]
+    if both:  # the sides were swapped in between
+        same = sum(choices in (("left", "right"), ("right", "left"), ("tie", "tie")) for choices in both)
+        share = f"Of {len(both)} pairs asked twice, {same} ({same / len(both):.0%}) were answered the same way."
+        sentences.append(f"{share} Guessing gives about half.")
+    return sentences
+
+
+class Votes:
+    """What every rater has answered and is asked next. It is all in memory, so that a vote costs the same after 20,000
+    as after 20; and each vote is on the disk, in OUTPUT/choices.jsonl, before it counts."""
+
+    def __init__(self, output, pairs, repeat_every=10):
+        self.output, self.pairs, self.path = output, pairs, output / "choices.jsonl"
+        self.questions = list_questions(len(pairs), repeat_every)
+        self.answers = {}  # of each rater {(pair, repeat): choice}, the last answer last
+        self.places = {}  # of each rater the first question that may be unanswered
+        for vote in read_choices([self.path], repeats=True) if self.path.exists() else ():
+            self.answers.setdefault(vote["rater"], {})[vote["pair"], vote.get("repeat", False)] = vote["choice"]
+
+    def question(self, rater):
+        """(pair, repeat) that comes next, or (None, False) at the end."""
+        answers, place = self.answers.get(rater, {}), self.places.get(rater, 0)
+        while place < len(self.questions) and self.questions[place] in answers:
+            place += 1
+        if answers:  # who only looks takes no memory
+            self.places[rater] = place
+        return self.questions[place] if place < len(self.questions) else (None, False)
 
     def state(self, rater):
-        """What the page shows next to this rater, and how far they are."""
-        done = history(self.output / "choices.jsonl", rater)
-        answered = set(done)
-        pair = next((pair for pair in self.pairs if pair["pair"] not in answered), None)
-        state = {"done": len(answered), "total": len(self.pairs), "pair": None}
-        if pair is not None:
-            places = [pair["images"].index(name) for name in shown(pair, rater)]
-            left, right = (f"/image/{pair['pair']}/{place}" for place in places)
-            state |= {"pair": pair["pair"], "prompt": pair["prompt"], "left": left, "right": right}
-        return state
+        """What the page shows next to this rater, and how far they are. Its `ticket` stands for what is shown where."""
+        pair, repeat = self.question(rater)
+        answers, total = self.answers.get(rater, {}), len(self.questions)
+        state = {"done": min(len(answers), total), "total": total, "pair": pair}
+        if pair is None:
+            state["summary"] = summarize(answers)
+        else:
+            images, prompt = self.pairs[pair]["images"], self.pairs[pair]["prompt"]
+            sides = [f"/image/{pair}/{images.index(name)}" for name in shown(self.pairs[pair], rater, repeat)]
+            state |= {"prompt": prompt, "left": sides[0], "right": sides[1]}
+        ticket = hashlib.sha256(repr((self.output.resolve(), state.get("prompt"), pair, repeat)).encode()).hexdigest()
+        return state | {"ticket": ticket[:16]}
 
-    def reply(self, body, kind="application/json"):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+    def record(self, rater, choice):
+        """Writes down the answer to the question at hand, or takes the last one back. Raises OSError if the disk is
+        full, and nothing has changed then."""
+        answers = self.answers.get(rater, {})
+        if choice == "undo" and not answers:
+            return
+        pair, repeat = question = next(reversed(answers)) if choice == "undo" else self.question(rater)
+        line = {"pair": pair}
+        if choice != "undo":
+            left, right = shown(self.pairs[pair], rater, repeat)
+            line |= {"prompt": self.pairs[pair]["prompt"], "left": left, "right": right}
+        line |= {"choice": choice, "rater": rater, "time": time.time()} | ({"repeat": True} if repeat else {})
+        append_line(self.path, line)
+        if choice == "undo":
+            del answers[question]
+            self.places[rater] = 0
+        else:
+            self.answers.setdefault(rater, {})[question] = choice
 
-    def log_message(self, *args):
-        pass
+
+# --------------------------------------------------------------------------------------------------------- the server
+def is_address_or(names, host):
+    """Whether a Host header is one of these names or a bare address. Any other name may be a foreign page's own that
+    was made to lead here (DNS rebinding), so that the browser lets that page read and post."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name in names or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
+def make_app(votes, host, names):
+    """The web application. GET / is the page, /state?rater=NAME what to show, /image/PAIR/0 or 1 a picture; POST
+    /choice takes {rater, pair, choice, ticket}, where a script may leave the ticket out.
+
+    Args:
+        votes: a `Votes`. Everything that touches it runs in one thread, one request after the other.
+        host, names: what this server listens on, and names that a proxy has for it.
+    """
+    app = fastapi.FastAPI(openapi_url=None, max_body_size=4096)
+    machine = socket.gethostname()
+    own = {name.lower() for name in ("localhost", machine, f"{machine}.local", host, *names)}
+
+    @app.middleware("http")
+    async def guard(request, call_next):
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        if not is_address_or(own, host):
+            return JSONResponse({"detail": f"this server does not know the name {host!r}; --names adds one"}, 403)
+        if origin and urlsplit(origin).netloc != host and urlsplit(origin).hostname not in names:
+            return JSONResponse({"detail": "only the page of this server may post here"}, 403)
+        response = await call_next(request)
+        response.headers["Cache-Control"] = "no-store"  # the next folder on this port has pictures of the same names
+        return response
+
+    @app.get("/")
+    async def page():
+        return FileResponse(PAGE)
+
+    @app.get("/state")
+    async def state(rater: str):
+        return votes.state(rater.strip())
+
+    @app.get("/image/{pair}/{place}")
+    async def image(pair: int, place: Annotated[int, fastapi.Path(ge=0, le=1)]):
+        path = votes.output / votes.pairs[pair]["images"][place] if 0 <= pair < len(votes.pairs) else None
+        if path is None or not path.is_file():  # only what pairs.jsonl names is ever served
+            raise fastapi.HTTPException(404)
+        return FileResponse(path, media_type="image/*")
+
+    @app.post("/choice")
+    async def choice(
+        rater: Annotated[str, fastapi.Body(pattern=r"\S", max_length=60)],
+        pair: Annotated[int | None, fastapi.Body(strict=True)],
+        choice: Annotated[Literal["left", "right", "tie", "skip", "undo"], fastapi.Body()],
+        ticket: Annotated[str, fastapi.Body()] = "",
+    ):
+        rater = rater.strip()
+        now = votes.state(rater)
+        if pair != now["pair"] or ticket not in ("", now["ticket"]) or (pair is None and choice != "undo"):
+            message = "This page was out of date (did you answer in another tab?): what you just did did not count."
+            return JSONResponse(now | {"message": message}, 409)
+        try:
+            votes.record(rater, choice)
+        except OSError as error:
+            print(f"{votes.path}: {error.strerror}", file=sys.stderr)
+            raise fastapi.HTTPException(507, f"The server cannot save this choice: {error.strerror}.") from error
+        return votes.state(rater)
+
+    return app
+
+
+def serve(votes, host, port, names):
+    """Listens until Ctrl-C, then says how carefully each rater answered."""
+    try:
+        listener = socket.create_server((host, port), backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"cannot listen on {host}:{port}: {error}. Try another --port") from error
+    # 512 connections at once, more than the raters of any one folder have; those beyond are told so.
+    config = uvicorn.Config(
+        make_app(votes, host, names), backlog=1024, limit_concurrency=512, ws="none", loop="asyncio", http="h11",
+        log_level="error", timeout_graceful_shutdown=3,
+    )  # fmt: skip
+    print(f"http://{host}:{listener.getsockname()[1]} asks about {len(votes.pairs)} pairs; Ctrl-C ends it\n"
+          f"choices go to {votes.path}", flush=True)  # fmt: skip
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:
+        print()
+    for rater, answers in votes.answers.items():
+        print(f"{rater!r}: {len(answers)} answers.", *summarize(answers))
 
 
 def check_source(args, output, drawing):
@@ -229,6 +342,18 @@ def check_source(args, output, drawing):
             raise InputError(f"{output} holds pairs of another {key}, {old.get(key)!r}: choose another --output")
     if drawing:
         path.write_text(json.dumps(source) + "\n")
+
+
+def check_pictures(pairs, output, images):
+    """Raises InputError if a pair names a picture outside the folder, or outside --images: a folder that came from
+    elsewhere must not make this server show other files of this machine."""
+    folder, images = output.resolve(), images and Path(images).resolve()
+    for pair in pairs:
+        for path in (output / name for name in pair["images"]):
+            named = images and Path(os.path.normpath(path)).is_relative_to(images)  # links there are the user's own
+            if not named and not path.resolve().is_relative_to(folder):
+                raise InputError(f"{output / 'pairs.jsonl'}: the picture {path} of pair {pair['pair']} lies outside "
+                                 f"{output}{f' and --images {images}' if images else ''}")  # fmt: skip
 
 
 def make_pairs(args, output):
@@ -276,7 +401,13 @@ def main():
     parser.add_argument("--pairs", type=at_least(1), default=500, help="how many there should be at least")
     parser.add_argument("--output", default="", help="default: RUN/annotations or runs/annotations-NAME")
     parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument(
+        "--repeat_every", type=at_least(0), default=10, help="of how many pairs one is asked twice; 0: none"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others on the network in; there is no login")
+    parser.add_argument(
+        "--names", nargs="+", default=[], help="names under which a proxy or tunnel shows the page, if there is one"
+    )
     parser.add_argument("--port", type=at_least(0), default=8600)
     parser.add_argument("--draw_only", action="store_true", help="make the pairs and end")
     args = parser.parse_args()
@@ -285,22 +416,13 @@ def main():
     name = "-".join([Path(args.images or args.model or preset).stem, *filter(None, variant.split(","))])
     output = Path(args.output or (f"{args.run}/annotations" if args.run else f"runs/annotations-{name}"))
     output.mkdir(parents=True, exist_ok=True)
+    lock_run(output)  # a second process would number its pairs and count its votes alike
     make_pairs(args, output)
     if args.draw_only:
         return print(output)
     pairs = read_pairs(output / "pairs.jsonl")  # all: --pairs is how many there should be at least
-    history(output / "choices.jsonl", "")  # if it cannot be read, now is the time to say so
-    handler = functools.partial(Handler, output=output, pairs=pairs, lock=threading.Lock())
-    try:
-        server = ThreadingHTTPServer((args.host, args.port), handler)
-    except (OSError, OverflowError) as error:
-        raise InputError(f"cannot listen on {args.host}:{args.port}: {error}. Try another --port") from error
-    print(f"http://{args.host}:{server.server_port} asks about {len(pairs)} pairs; Ctrl-C ends it\n"
-          f"choices go to {output / 'choices.jsonl'}", flush=True)  # fmt: skip
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        print()
+    check_pictures(pairs, output, args.images)
+    serve(Votes(output, pairs, args.repeat_every), args.host, args.port, args.names)
 
 
 if __name__ == "__main__":

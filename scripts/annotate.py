@@ -11,9 +11,9 @@ and flushed to disk at once. Start it again and every rater goes on where they s
 
 Two pictures of a pair share their prompt, not their noise. With --images, FOLDER/NAME.txt is the caption of
 FOLDER/NAME.png, and only pictures of the same caption are compared. Which one stands left is drawn for each rater.
-Keys: left and right arrow, down for a tie, s to skip, u to undo. One pair in ten is asked a second time, sides swapped:
-how often the answers agree is shown at the end. In choices.jsonl those lines say "repeat": true, and no training uses
-them.
+Keys: left and right arrow, down for a tie, s to skip, u to undo. One pair in ten is asked a second time with its sides
+swapped; how often the two answers agree is shown at the end. The second answers say "repeat": true in choices.jsonl and
+are not trained on.
 """
 
 import argparse
@@ -262,10 +262,10 @@ def make_app(votes, host, names):
 
     @app.middleware("http")
     async def guard(request, call_next):
-        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        host, origin = request.headers.get("host", ""), request.headers.get("origin", "").partition("://")
         if not is_address_or(own, host):
             return JSONResponse({"detail": f"this server does not know the name {host!r}; --names adds one"}, 403)
-        if origin and urlsplit(origin).netloc != host and urlsplit(origin).hostname not in names:
+        if origin[0] and origin[2] != host and origin[2].partition(":")[0] not in names:
             return JSONResponse({"detail": "only the page of this server may post here"}, 403)
         response = await call_next(request)
         response.headers["Cache-Control"] = "no-store"  # the next folder on this port has pictures of the same names
@@ -296,7 +296,7 @@ def make_app(votes, host, names):
         rater = rater.strip()
         now = votes.state(rater)
         if pair != now["pair"] or ticket not in ("", now["ticket"]) or (pair is None and choice != "undo"):
-            message = "This page was out of date (did you answer in another tab?): what you just did did not count."
+            message = "This page was out of date (did you answer in another tab?): your last choice did not count."
             return JSONResponse(now | {"message": message}, 409)
         try:
             votes.record(rater, choice)

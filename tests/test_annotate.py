@@ -1,6 +1,5 @@
 """The annotation server through the real command line, and its page in a real browser."""
 
-import concurrent.futures
 import http.client
 import json
 import os
@@ -149,12 +148,20 @@ def test_a_large_body_is_refused_and_not_kept(server, chunked):
 
 
 def test_a_hundred_votes_at_once(server):
-    _, address, output = server
-    addresses, raters = [address] * 100, [f"parallel {i}" for i in range(100)]
-    body = {"pair": 0, "choice": "tie"}
-    with concurrent.futures.ThreadPoolExecutor(100) as pool:
-        statuses = list(pool.map(lambda to, rater: send(to, body={"rater": rater} | body)[0], addresses, raters))
-    assert statuses == [200] * 100 and all(len(votes_of(output, rater)) == 1 for rater in raters)
+    """All of them wait in the queue of a server that is stopped, as if they came at the same moment."""
+    process, address, output = server
+    raters, connections = [f"parallel {i}" for i in range(100)], []
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        for rater in raters:
+            connections.append(http.client.HTTPConnection(address.removeprefix("http://"), timeout=5))
+            body = json.dumps({"rater": rater, "pair": 0, "choice": "tie"})
+            connections[-1].request("POST", "/choice", body, {"Content-Type": "application/json"})
+            connections[-1].sock.settimeout(60)
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    assert [connection.getresponse().status for connection in connections] == [200] * 100
+    assert all(len(votes_of(output, rater)) == 1 for rater in raters)
 
 
 def test_connections_are_bounded(server):

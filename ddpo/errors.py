@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import sys
 
 
@@ -38,6 +39,13 @@ def at_least(lowest, number=int):
 
     convert.__name__ = number.__name__  # of which argparse says that a text is none
     return convert
+
+
+def finite(text):
+    """A `type` of argparse's add_argument: a number that is neither nan nor infinite."""
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text} must be finite")
+    return float(text)
 
 
 def run_script(main):

@@ -48,12 +48,26 @@ class Policy:
         self.ema = self._base_unet = None
         self.samples_averaged = False
         self.passes = 0  # of one latent through the network, a backward pass counting as two
+        self.rl_scale = 1.0  # see `forward`; training needs 1
         self._compiled = False
         self._embeddings, self._time_ids = {}, {}
 
     def forward(self, latents, timesteps, prompt_embeds):
         """The UNet's output (B, C, H, W) in float32, computed in the policy's precision. Sampling and training both
-        come through here: another autocast, or train mode in one of them, would bias every importance ratio."""
+        come through here: another autocast, or train mode in one of them, would bias every importance ratio.
+
+        With `rl_scale` s other than 1 it is base + s (finetuned - base), reinforcement learning guidance (RLG, arXiv
+        2508.21016): the score of p_base^(1 - s) p_finetuned^s, so s < 1 strengthens the tie to the base model that the
+        finetuned one was trained with, and s > 1 weakens it. Needs `keep_base`."""
+        if self.rl_scale == 1:
+            return self._forward(latents, timesteps, prompt_embeds)
+        with self.base():
+            base = self._forward(latents, timesteps, prompt_embeds)
+        if self.rl_scale == 0:
+            return base
+        return base + self.rl_scale * (self._forward(latents, timesteps, prompt_embeds) - base)
+
+    def _forward(self, latents, timesteps, prompt_embeds):
         conditions = None
         if self.is_xl:  # the picture's size and crop, and the pooled embedding (see `embed`)
             height, width = (side * self.pipe.vae_scale_factor for side in latents.shape[-2:])
@@ -148,17 +162,22 @@ class Policy:
         return [p for p in self.unet.parameters() if p.requires_grad]
 
     def prepare_training(self, options, needs_base=False, samples_averaged=False):
-        """Called before any weight changes. options: `config.train`. Where the base model's output is needed, for
-        a KL or otherwise, keeps `base`: for full finetuning a copy of the UNet in the policy's precision, while a LoRA
-        can just be left out. samples_averaged: `sampling_weights` are the moving average."""
+        """Called before any weight changes. options: `config.train`. needs_base: for another use than a KL.
+        samples_averaged: `sampling_weights` are the moving average."""
         self.samples_averaged = samples_averaged
         if options.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        if (needs_base or options.kl_weight) and not self.lora_rank:
-            self._base_unet = copy.deepcopy(self.unet).requires_grad_(False)
-            halve_frozen(self._base_unet, self.dtype)
+        if needs_base or options.kl_weight:
+            self.keep_base()
         if options.ema_decay:
             self.start_ema(options.ema_decay)
+
+    def keep_base(self):
+        """Keeps what `base` gives, before any weight changes: for full finetuning a copy of the UNet in the policy's
+        precision, while a LoRA can just be left out."""
+        if not self.lora_rank:
+            self._base_unet = copy.deepcopy(self.unet).requires_grad_(False)
+            halve_frozen(self._base_unet, self.dtype)
 
     def start_ema(self, decay):
         """Begins a moving average of the trained weights as they are; over the first n updates it decays by

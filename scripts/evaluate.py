@@ -8,19 +8,41 @@ On prompts that the run has trained on and on others, sampled stochastically as 
 cosine distance between the CLIP embeddings of pictures of the same prompt; and the share of pictures in which a
 classifier, which no reward uses, names the animal. --guidance_scale 2 asks what a policy trained without guidance draws
 with it. Writes RUN/evaluation.json and RUN/images/evaluation.png, a row of base pictures above each row of finetuned.
+
+--rl_scale 0 0.5 1 1.5 2 measures base + s (finetuned - base), see scripts.sample, in place of these two, and draws the
+frontier along s, animals named against the run's reward, to RUN/images/frontier.png.
 """
 
 import argparse
 import json
 import os
 
+import matplotlib
+
 from ddpo import prompts, rewards
 from ddpo.clip import load_clip
-from ddpo.errors import InputError, at_least, run_script
+from ddpo.errors import InputError, at_least, finite, run_script
 from ddpo.evaluation import choose_prompts, evaluate, load_classifier, split_prompts
 from ddpo.images import image_grid
-from ddpo.policy import load_weights
-from scripts.sample import open_run
+from scripts.sample import at_scales, open_run
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def draw_frontier(path, sections, scales):
+    """Draws the share of animals named against the run's reward, a line along the scales for each of the sections,
+    {"seen, stochastic": {name: measures}, ...}, whose names are in the order of the scales."""
+    figure, axes = plt.subplots(figsize=(5, 3.4), constrained_layout=True)
+    for section, measured in sections.items():
+        points = [(values["reward_mean"], values["classifier_accuracy"]) for values in measured.values()]
+        axes.plot(*zip(*points), marker="o", label=section)
+        for scale, point in zip(scales, points):
+            axes.annotate(f"{scale:g}", point, xytext=(3, 3), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="the run's reward", ylabel="share of animals named")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
 
 
 def main():
@@ -35,6 +57,8 @@ def main():
     parser.add_argument("--rewards", nargs="*", default=[], help="beside the run's own")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise; runs use 0 for their own")
     parser.add_argument("--guidance_scale", type=at_least(0, float), default=0, help="default: the run's")
+    scale = "measure base + s (finetuned - base) for each of these; default: 0 and 1, base and finetuned"
+    parser.add_argument("--rl_scale", type=finite, nargs="+", default=[0.0, 1.0], metavar="s", help=scale)
     parser.add_argument("--output", default="", help="default: RUN/evaluation.json")
     parser.add_argument("--clip", default="models/emoji/clip", help="whose embeddings diversity is measured by")
     parser.add_argument("--classifier", default="models/emoji/classifier", help="of animals; empty: none")
@@ -55,7 +79,10 @@ def main():
     everything = sets["seen"] + sets["held_out"]
     prompts.check_length([prompt for prompt, _ in everything], policy.pipe.tokenizer)
     options, sample = config.get("reward_options"), config.sample
-    judges = {"reward_mean": rewards.get_reward(config.reward, policy.device, options, everything)}
+    if not (config.reward or args.rewards):
+        raise InputError(f"{args.run} was trained without a reward: say by which to measure it, --rewards NAME ...")
+    own = config.reward or args.rewards[0]
+    judges = {"reward_mean": rewards.get_reward(own, policy.device, options, everything)}
     judges |= {name: rewards.get_reward(name, policy.device, options, everything) for name in args.rewards}
     clip = load_clip(args.clip, policy.device)
     classifier = load_classifier(args.classifier) if args.classifier else None
@@ -64,17 +91,21 @@ def main():
 
     result = {"prompts": {"seen": seen_set, "held_out": held_out_set or f"{share:g} of {seen_set}"}}
     result |= {"count": args.count, "guidance_scale": sample.guidance_scale}
-    columns, rows = min(8, *map(len, sets.values())), {}
-    for name in ("base", "finetuned"):
-        if name == "finetuned":
-            load_weights(policy, folder)
+    scales = list(dict.fromkeys(args.rl_scale))
+    columns, rows, sections = min(8, *map(len, sets.values())), {}, {}
+    for name in at_scales(policy, folder, scales):
         measured, pictures = evaluate(policy, sets, args.count, judges, sample, clip, classifier, args.seed)
         for section, values in measured.items():
-            result.setdefault(section, {})[name] = values
-            rows[section, name] = pictures[section][:columns]
-    labels = [text for section, name in sorted(rows) for text in [f"{name}: {section}"] + [""] * (columns - 1)]
-    grid = image_grid([picture for row in sorted(rows) for picture in rows[row]], labels, columns)
+            sections.setdefault(section, {})[name] = values
+            rows.setdefault(section, {})[name] = pictures[section][:columns]
+    result |= sections
+    shown = [(f"{name}: {section}", row) for section, named in sorted(rows.items()) for name, row in named.items()]
+    labels = [text for label, _ in shown for text in [label] + [""] * (columns - 1)]
+    grid = image_grid([picture for _, row in shown for picture in row], labels, columns)
     grid.save(os.path.join(args.run, "images", "evaluation.png"))
+    named = {kind: m for kind, m in sections.items() if all("classifier_accuracy" in v for v in m.values())}
+    if len(scales) > 2 and named:
+        draw_frontier(os.path.join(args.run, "images", "frontier.png"), named, scales)
     print(json.dumps(result, indent=1))
     with open(args.output or os.path.join(args.run, "evaluation.json"), "w") as f:
         json.dump(result, f, indent=1)

@@ -1,8 +1,13 @@
 """Draws a base model and a finetuned one side by side, on the same prompts and noise.
 
     python -m scripts.sample --run runs/NAME --prompts "a cat" "a dog riding a bike" --count 4
+    python -m scripts.sample --run runs/NAME --prompts "a cat" --count 4 --rl_scale 0 0.5 1 1.5 2
 
 Writes the grid to RUN/images/samples.png (or --output): a row per prompt and model, base above finetuned.
+
+--rl_scale s draws with the prediction base + s (finetuned - base) in place of the finetuned one's: a dial from the base
+model (0) to the finetuned one (1) and beyond, without training again. With several values, a row holds one prompt and
+noise along s.
 """
 
 import argparse
@@ -14,7 +19,7 @@ from ml_collections import ConfigDict
 
 from ddpo import prompts
 from ddpo.checkpoint import list_checkpoints
-from ddpo.errors import InputError, at_least, run_script
+from ddpo.errors import InputError, at_least, finite, run_script
 from ddpo.images import image_grid
 from ddpo.pipeline_logprob import sample_with_logprob
 from ddpo.policy import load_policy, load_weights
@@ -39,18 +44,26 @@ def open_run(run, checkpoint=""):
     return config, policy, folders[checkpoint] if checkpoint else list_checkpoints(run)[-1]
 
 
-def base_and_finetuned(policy, folder, texts, sample, seed):
-    """Draws one picture per text, by the policy as it is and then with the weights in `folder`: ("base", PIL images),
-    ("finetuned", PIL images). The noise of picture i is that of generator seed + i, `sample` a run's config.sample."""
+def at_scales(policy, folder, scales=(0.0, 1.0)):
+    """Makes the policy of `open_run` each of base + s (finetuned - base) in turn, the finetuned weights being those in
+    `folder`. Yields a name of each: "base" for s = 0, "finetuned" for 1."""
+    policy.keep_base()
+    load_weights(policy, folder)
+    for scale in scales:
+        policy.rl_scale = scale
+        yield {0: "base", 1: "finetuned"}.get(scale, f"s = {scale:g}")
+
+
+def draw_at_scales(policy, folder, texts, sample, seed, scales=(0.0, 1.0)):
+    """Draws one picture per text at each scale of `at_scales`: (name, PIL images). The noise of picture i is that of
+    generator seed + i. sample: a run's config.sample."""
     policy.set_timesteps(sample.num_steps)
     shape = policy.noise_shape(sample)
 
     def noise(i):
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed + i))
 
-    for name in ("base", "finetuned"):
-        if name == "finetuned":
-            load_weights(policy, folder)
+    for name in at_scales(policy, folder, scales):
         options = (sample.guidance_scale, sample.eta, sample.batch_size)
         yield name, sample_with_logprob(policy, texts, noise, *options, progress=name).images
 
@@ -65,6 +78,8 @@ def main():
     parser.add_argument("--guidance_scale", type=at_least(0, float), default=0, help="default: the run's")
     parser.add_argument("--eta", type=at_least(-1, float), default=-1, help="0: deterministic; default: the run's")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise")
+    scale = "instead of the finetuned model: base + s (finetuned - base); several values make a row of each noise"
+    parser.add_argument("--rl_scale", type=finite, nargs="+", default=[1.0], metavar="s", help=scale)
     parser.add_argument("--output", default="", help="default: RUN/images/samples.png")
     args = parser.parse_args()
 
@@ -75,14 +90,22 @@ def main():
     sample.eta = sample.eta if args.eta < 0 else args.eta
     prompts.check_length(args.prompts, policy.pipe.tokenizer)
     texts = [prompt for prompt in args.prompts for _ in range(args.count)]
-    pictures = dict(base_and_finetuned(policy, folder, texts, sample, args.seed * 10**6))
-    images, labels = [], []
-    for row in range(len(args.prompts)):
-        for name, drawn in pictures.items():
-            images += drawn[row * args.count : (row + 1) * args.count]
-            labels += [f"{name}: {args.prompts[row]}"] + [""] * (args.count - 1)
+    along = len(args.rl_scale) > 1
+    scales = args.rl_scale if along else [0.0, *args.rl_scale]
+    names, drawn = zip(*draw_at_scales(policy, folder, texts, sample, args.seed * 10**6, scales))
+    if along:
+        images = [picture for same_noise in zip(*drawn) for picture in same_noise]
+        labels = [label for text in texts for label in [text] + [""] * (len(scales) - 1)]
+        grid = image_grid(images, labels, len(scales), heads=[f"s = {scale:g}" for scale in scales])
+    else:
+        images, labels = [], []
+        for row, prompt in enumerate(args.prompts):
+            for name, pictures in zip(names, drawn):
+                images += pictures[row * args.count : (row + 1) * args.count]
+                labels += [f"{name}: {prompt}"] + [""] * (args.count - 1)
+        grid = image_grid(images, labels, args.count)
     output = args.output or os.path.join(args.run, "images", "samples.png")
-    image_grid(images, labels, columns=args.count).save(output)
+    grid.save(output)
     print(output)
 
 

@@ -32,7 +32,7 @@ from ddpo.reward_model import rank_correlation
 from ddpo.seeds import numpy_generator
 from scripts.annotate import read_pairs, shown
 from scripts.results import add_result, read_results
-from scripts.sample import base_and_finetuned, open_run
+from scripts.sample import draw_at_scales, open_run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -142,10 +142,10 @@ def measure(args):
     before and after a run. Writes RUN/taste.json, and RUN/images/taste.png with the first noise of some animals."""
     config, policy, folder = open_run(args.run, args.checkpoint)
     texts = [prompt for prompt, _ in prompts.common_animals()] * args.count
-    judges = [config.reward] if config.reward != "clipscore:models/emoji/clip" else []
+    judges = [config.reward] if config.reward not in ("", "clipscore:models/emoji/clip") else []
     judges = {name: rewards.get_reward(name) for name in [*judges, "clipscore:models/emoji/clip"]}
     result, grids = {"pictures": len(texts)}, []
-    for name, pictures in base_and_finetuned(policy, folder, texts, config.sample, 2_000_000 + args.seed * 10**6):
+    for name, pictures in draw_at_scales(policy, folder, texts, config.sample, 2_000_000 + args.seed * 10**6):
         tastes = [taste(picture) for picture in pictures]
         named = named_animals(pictures, load_classifier("models/emoji/classifier"))
         result[name] = {
@@ -160,8 +160,10 @@ def measure(args):
     )
     print(json.dumps(result, indent=1))
     if args.results:
-        learned = json.loads(Path(config.reward.removeprefix("learned:"), "reward.json").read_text())
-        facts = {"taste": [result], "reward_model": {key: learned[key] for key in ("kind", "votes")}}
+        facts = {"taste": [result]}
+        if config.reward.startswith("learned:"):
+            learned = json.loads(Path(config.reward.removeprefix("learned:"), "reward.json").read_text())
+            facts["reward_model"] = {key: learned[key] for key in ("kind", "votes")}
         add_result(args.results, args.run, os.path.basename(os.path.normpath(args.run)), facts)
     with open(args.output or os.path.join(args.run, "taste.json"), "w") as f:
         json.dump(result, f, indent=1)
@@ -170,7 +172,7 @@ def measure(args):
 def plot(args):
     """Draws the true taste after finetuning against the votes that each run's reward model had learned from."""
     groups, before = {}, []
-    for line in (line for line in read_results(args.results).values() if "taste" in line):
+    for line in (line for line in read_results(args.results).values() if {"taste", "reward_model"} <= line.keys()):
         measured, learned = line["taste"][0], line["reward_model"]
         points = groups.setdefault(learned["kind"], {}).setdefault(learned["votes"], [])
         points.append(measured["finetuned"]["taste"])

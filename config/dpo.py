@@ -1,0 +1,22 @@
+"""Choices between two pictures, without a reward model: the embedded model on a CPU.
+
+    python -m scripts.train_dpo --choices runs/annotations-emoji/choices.jsonl                        (LoRA of rank 16)
+    python -m scripts.train_dpo --choices runs/annotations-emoji/choices.jsonl --config config/dpo.py:full
+
+An epoch is 256 pictures, 128 pairs, in 8 updates, whatever the number of choices. What came of it, and how dpo_beta was
+found: results/preferences/README.md.
+"""
+
+from config.emoji import get_config as emoji
+
+
+def get_config(variant="lora"):
+    """variant: lora or full."""
+    config = emoji(f"aesthetic,{variant}")
+    config.num_epochs = 20
+    config.save_every = 5
+    config.sample.images_per_epoch = 256
+    config.train.updates_per_epoch = 8
+    config.train.batch_size = 16
+    config.train.dpo_beta = 1000.0
+    return config

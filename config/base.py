@@ -34,6 +34,9 @@ def get_config():
     config.reward_timeout = 0.0  # seconds that scoring sample.batch_size pictures may take; 0: no limit
     config.prompts = "imagenet_animals"  # of ddpo/prompts.py, or a file: text, a prompt a line, or JSON lines
     config.held_out = 0.0  # share of the prompts that is kept from training, to be evaluated on
+    config.choices = ""  # scripts.train_dpo: the choices.jsonl of scripts.annotate to learn from, comma-separated
+    config.choices_loss = "dpo"  # how it does: dpo, or sft, finetuning on the chosen pictures
+    config.held_out_choices = 0.0  # share of their pairs that is kept from training, to be measured on
 
     config.sample = sample = ConfigDict()
     sample.images_per_epoch = 256  # reward queries an epoch, over all processes
@@ -86,7 +89,9 @@ def get_config():
     train.anchor_weight = 0.1  # awm: of the squared distance from the outputs of the policy that sampled
     train.nft_beta = 1.0  # nft: how far the implicit policies lie from the one that sampled
     train.ram_scale = 1.0  # ram: how far an advantage of 1 moves the target, in the old prediction's errors
-    train.dpo_beta = 500.0  # dpo: inverse temperature of the implicit reward, an error's excess over the base model's
+    train.dpo_beta = (
+        500.0  # dpo, train_dpo: inverse temperature of the implicit reward, an error's excess over the base's
+    )
     train.advantage_clip = 5.0  # advantages are clipped to +-this
     train.timestep_fraction = 1.0  # share of the T steps that are trained on
     train.timestep_choice = "random"  # which: random, window, first; the former two drawn anew for each update

@@ -18,5 +18,6 @@ def get_config(variant="lora"):
     config.sample.images_per_epoch = 256
     config.train.updates_per_epoch = 8
     config.train.batch_size = 16
-    config.train.dpo_beta = 1000.0
+    config.train.timestep_choice, config.train.timestep_fraction = "random", 1.0
+    config.train.dpo_beta = 300.0
     return config

@@ -153,7 +153,7 @@ def load_evaluation(config, policy, reward_fn, trained_on, held_out):
     """A function without arguments that evaluates the policy as it is, by a run's config.evaluate; None if that is off.
 
     Args:
-        reward_fn: the run's own reward. trained_on, held_out: the run's (prompt, metadata) pairs.
+        reward_fn: the run's own reward, or None. trained_on, held_out: the run's (prompt, metadata) pairs.
     """
     options, device = config.evaluate, policy.device
     if not options.every:
@@ -170,7 +170,7 @@ def load_evaluation(config, policy, reward_fn, trained_on, held_out):
     prompts.check_length([prompt for prompt, _ in everything], policy.pipe.tokenizer)
     names = [name.strip() for name in options.rewards.split(",") if name.strip()]
     getattr(reward_fn, "check", lambda pairs: None)(everything)
-    judges = {"reward_mean": reward_fn}
+    judges = {"reward_mean": reward_fn} if reward_fn else {}
     judges |= {name: rewards.get_reward(name, device, config.reward_options, everything) for name in names}
     clip = load_clip(options.clip, device) if options.clip else None
     classifier = load_classifier(options.classifier) if options.classifier else None

@@ -91,7 +91,8 @@ def check(config, processes=1):
         ("train.prompt_dropout", train.prompt_dropout, 1), ("train.ema_decay", train.ema_decay, 1),
         ("train.adam_weight_decay", train.adam_weight_decay, math.inf),
         ("train.adam_epsilon", train.adam_epsilon, math.inf),
-        ("held_out", config.held_out, 1), ("reward_options.max_unusable", config.reward_options.max_unusable, 1),
+        ("held_out", config.held_out, 1), ("held_out_choices", config.held_out_choices, 1),
+        ("reward_options.max_unusable", config.reward_options.max_unusable, 1),
     ):  # fmt: skip
         if not 0 <= value <= highest or value == math.inf:
             limit = f", at most {highest}" if highest < math.inf else " and finite"

@@ -29,8 +29,9 @@ _locks = []  # open for as long as the process lives
 class Run:
     """One run of `train.py`. Its methods are called by all processes alike; process 0 writes."""
 
-    def __init__(self, config, preset):
-        """Checks the options' values and finds the processes, the device and the folder."""
+    def __init__(self, config, preset, command="accelerate launch train.py"):
+        """Checks the options' values and finds the processes, the device and the folder. command: what resumes it."""
+        self.command = command
         on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available()
         check(config, PartialState(cpu=on_cpu).num_processes)
         self.config = config
@@ -141,7 +142,7 @@ class Run:
         images = config.sample.images_per_epoch
         metrics = {
             "epoch": epoch,
-            "reward_queries": self.done * images,
+            **({"reward_queries": self.done * images} if config.reward else {}),
             "network_passes": self.policy.passes * self.processes,
             **metrics,
             **self.clock.seconds,
@@ -150,9 +151,10 @@ class Run:
         }
         if self.is_main:
             log_metrics(self.accelerator, self.folder, metrics)
-            shown = ("reward_mean", "reward_std", "kl_old", "clip_fraction", "ratio_error", "grad_norm", "seconds")
+            shown = ("loss", "accuracy") if not config.reward else ("reward_mean", "reward_std", "kl_old")
+            shown += ("clip_fraction", "ratio_error", "grad_norm", "seconds")
             tqdm.write(f"epoch {epoch:3d}  " + "  ".join(f"{k} {metrics[k]:.4g}" for k in shown if k in metrics))
-            if metrics["ratio_error"] > config.train.clip_range:
+            if metrics.get("ratio_error", 0) > config.train.clip_range:
                 tqdm.write(RATIO_WARNING.format(metrics["ratio_error"], config.train.clip_range))
         last = self.done == config.num_epochs
         due = [last or (every and self.done % every == 0) for every in (config.grid_every, config.evaluate.every)]
@@ -172,7 +174,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         if self.interrupt.stopped:
-            resume = f"accelerate launch train.py --config.resume={self.folder}"
+            resume = f"{self.command} --config.resume={self.folder}"
             self.interrupt.exit(f"saved after {self.done} epochs. To go on: {resume}")
         self.print(
             f"done: {self.folder} holds metrics.jsonl, images/ and checkpoints/.\n"

@@ -10,6 +10,7 @@ STREAMS = {
     "timesteps": 3,  # that an update trains on: (seed, epoch, inner epoch, update)
     "denoising": 4,  # timestep, noise and dropout of the denoising loss: (seed, epoch, sample)
     "rater": 4,  # a simulated person's mistakes: (seed,), shorter than any key of "denoising"
+    "pairs": 6,  # the order of choices: (seed, pass)
     "split": 5,  # of choices and ratings, into those trained on and those held out: (seed,)
 }
 

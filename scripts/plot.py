@@ -3,7 +3,8 @@
     python -m scripts.plot runs/A runs/B --key jpeg_kb --output runs/curve.png
 
 A run is a folder with metrics.jsonl; a file of results/ stands for all of its runs. Runs whose names differ only in
-what follows "-seed" are one curve: the mean, in a band from the lowest to the highest.
+what follows "-seed" are one curve: the mean, in a band from the lowest to the highest. Runs of scripts.train_dpo, which
+ask no reward, are drawn against epochs: --key accuracy.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def main():
     parser.add_argument("--key", default="reward_mean")
     parser.add_argument("--output", default="runs/curve.png")
     args = parser.parse_args()
-    groups, runs = {}, {}
+    groups, runs, x_key = {}, {}, "reward_queries"
     for path in args.runs:
         found = {path: read_metrics(path)} if not path.endswith(".jsonl") else {
             run: line["metrics"] for run, line in read_results(path).items()
@@ -46,9 +47,11 @@ def main():
         raise InputError(f"no run has {args.key!r}: there is {', '.join(known)}")
     if len(drawn) < len(runs):
         print(f"left out, without {args.key}: {', '.join(run for run in runs if run not in drawn)}")
+    if not all(x_key in metrics for metrics in drawn.values()):
+        x_key = "epoch"
     for run, metrics in drawn.items():
         name = os.path.basename(os.path.normpath(run)).split("-seed")[0]
-        groups.setdefault(name, []).append((metrics["reward_queries"], metrics[args.key]))
+        groups.setdefault(name, []).append((metrics[x_key], metrics[args.key]))
     figure, axes = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
     for name, curves in groups.items():
         length = min(len(y) for _, y in curves)  # beyond it there is no mean: a run that went on is drawn by itself
@@ -56,7 +59,7 @@ def main():
         color = plot_band(axes, x, y, name)
         for queries, values in curves:
             axes.plot(queries[length - 1 :], values[length - 1 :], color=color, linewidth=0.8, alpha=0.6)
-    axes.set_xlabel("reward queries")
+    axes.set_xlabel(x_key.replace("_", " "))
     axes.set_ylabel({"jpeg_kb": "JPEG size (kB)"}.get(args.key, args.key))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -48,9 +48,11 @@ def write_card(run, config, kind, repo, checkpoint, licence, folder):
     epochs = epoch_of(checkpoint)  # what came after is of other weights
     metrics = {key: values[:epochs] for key, values in read_metrics(run).items()}
     figure, axes = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
-    axes.plot(metrics["reward_queries"], metrics["reward_mean"], marker=".")
-    axes.set_xlabel("reward queries")
-    axes.set_ylabel(f"mean reward: {config['reward']}")
+    sampled = "reward_mean" in metrics
+    x, y = ("reward_queries", "reward_mean") if sampled else ("epoch", "loss")  # the latter: scripts.train_dpo
+    axes.plot(metrics[x], metrics[y], marker=".")
+    axes.set_xlabel(x.replace("_", " "))
+    axes.set_ylabel(f"mean reward: {config['reward']}" if sampled else "loss on the choices")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / "curve.png", dpi=150)
     plt.close(figure)
@@ -61,28 +63,35 @@ def write_card(run, config, kind, repo, checkpoint, licence, folder):
         sheet.paste(before, (0, 0))
         sheet.paste(after, (before.width + 24, 0))
         sheet.save(folder / "before_after.png")
-    sample, base, first, last = config["sample"], config["model"], metrics["reward_mean"][0], metrics["reward_mean"][-1]
+    sample, base, first, last = config["sample"], config["model"], metrics[y][0], metrics[y][-1]
     header = {
         "library_name": "diffusers", "pipeline_tag": "text-to-image", "license": licence or "other",
-        "tags": ["ddpo", "reinforcement-learning", "stable-diffusion", *(["lora"] if kind == "lora" else [])],
+        "tags": [*(["ddpo", "reinforcement-learning"] if sampled else ["diffusion-dpo"]), "stable-diffusion",
+                 *(["lora"] if kind == "lora" else [])],
     }  # fmt: skip
     if not os.path.isdir(base):  # a folder's name means nothing on the hub
         header["base_model"] = base
     sampling = "num_inference_steps={num_steps}, guidance_scale={guidance_scale}, eta={eta}".format(**sample)
     method = f"LoRA of rank {config['lora_rank']}" if kind == "lora" else "full finetuning of the UNet"
     options = "\n".join(f"| `{key}` | `{value}` |" for key, value in sorted(flatten(config).items()))
+    what, when = "The mean reward" if sampled else "The loss on them", f"epoch {len(metrics[y])}"
+    if sampled:
+        how = f"with reinforcement learning ([DDPO](https://arxiv.org/abs/2305.13301), {method}) for the reward\n"
+        how += f"`{config['reward']}` on the prompts `{config['prompts']}`."
+        when += f"\n({int(metrics['reward_queries'][-1]):,} reward queries)"
+    else:
+        name = {"dpo": "[Diffusion-DPO](https://arxiv.org/abs/2311.12908)", "sft": "on the chosen ones"}
+        how = f"on people's choices between two pictures ({name[config['choices_loss']]}, {method})."
     text = f"""---
 {json.dumps(header, indent=1)}
 ---
 # {repo.split("/")[1]}
 
-`{base}`, finetuned with reinforcement learning ([DDPO](https://arxiv.org/abs/2305.13301), {method}) for the reward
-`{config["reward"]}` on the prompts `{config["prompts"]}`.
+`{base}`, finetuned {how}
 
-The mean reward went from {first:.4g} in the first epoch to {last:.4g} in epoch {len(metrics["reward_mean"])}
-({int(metrics["reward_queries"][-1]):,} reward queries); these are the weights of `{checkpoint}`.
+{what} went from {first:.4g} in the first epoch to {last:.4g} in {when}; these are the weights of `{checkpoint}`.
 
-![mean reward](curve.png)
+![{what.lower()}](curve.png)
 {"![the same prompts and noise before and after](before_after.png)" if len(grids) > 1 else ""}
 
 ## Use
@@ -113,6 +122,8 @@ def prepare(run, repo, checkpoint, licence, folder):
     try:
         config = json.loads(Path(run, "config.json").read_text())
         del config["run_dir"], config["resume"]  # folders of this machine
+        if config.get("choices"):
+            del config["choices"], config["prompts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{run!r} is not a run: it has no config.json that can be read") from error
     folders = {os.path.basename(name): name for name in list_checkpoints(run)}

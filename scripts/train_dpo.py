@@ -8,16 +8,16 @@ model and draws no pictures.
 --choices takes files of scripts.annotate, of any number of raters; without --config the preset is config/dpo.py. The
 run's folder is like any other's: scripts.sample, scripts.evaluate, scripts.plot and scripts.publish work on it.
 
-Of all policies, the one that raises a reward r(x, c) most at the price of its KL divergence from the base model, weighed
-by beta, has r = beta log(p_theta / p_base) up to a constant of the prompt. Put into Bradley and Terry's P(a is chosen) =
-sigmoid(r(a) - r(b)), this makes the likelihood of the choices a loss on the policy. A diffusion model's log p is not
+Of all policies, the one that raises a reward r(x, c) most, at the price of beta times its KL divergence from the base
+model, has r = beta log(p_theta / p_base) up to a constant of the prompt. Put into Bradley and Terry's P(a is chosen)
+= sigmoid(r(a) - r(b)), this makes the likelihood of the choices a loss on the policy. A diffusion model's log p is not
 known, so its bound stands in for it, minus the denoising error, at one timestep t with one noise for both pictures:
 
     r(x_0) = -beta / 2 (error(x_0) - base_error(x_0)),    error(x_0) = mean (network(x_t, t, c) - target)^2
     loss   = -log sigmoid(r(chosen) - r(rejected))
 
-A tie counts as half a choice of each, as in scripts.train_reward. The mean is over the latent's d dimensions: what stays
-the same from one size to another is beta / d. --loss sft is the baseline: the error of the chosen pictures itself.
+A tie counts as half a choice of each, as in scripts.train_reward. The mean is over the latent's d dimensions: what
+carries over from one size to another is beta / d. --loss sft is the baseline: the error of the chosen pictures itself.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from ddpo import cli
 from ddpo.batches import own_samples
 from ddpo.errors import InputError, choose
 from ddpo.evaluation import load_evaluation
-from ddpo.likelihood import draw_noising, noised_error
+from ddpo.likelihood import draw_timesteps_and_noise, mean_square, noised
 from ddpo.optimizer import Optimizer, blame_gradient
 from ddpo.policy import load_policy
 from ddpo.prompts import check_length
@@ -129,17 +129,18 @@ class Pairs:
         policy = self.policy
         x_0 = torch.stack([self.latents[self.votes[i][side]] for side in ("left", "right") for i in rows])
         x_0, prompts = x_0.to(policy.device), [self.votes[i]["prompt"] for i in rows]
-        drawn, noise, dropout = draw_noising(policy, keys, x_0.shape[1:])
+        draws = draw_timesteps_and_noise(policy, keys, x_0.shape[1:], self.options)
+        drawn, dropped, noise = (values[:, 0] for values in draws)
         embeds = policy.embed(prompts)
         if t is None:
-            t, dropped = drawn, dropout < self.options.prompt_dropout
-            embeds = torch.where(dropped[:, None, None], policy.embed([""]), embeds)
-        both = t.repeat(2), noise.repeat(2, 1, 1, 1), embeds.repeat(2, 1, 1)
+            t, embeds = drawn, torch.where(dropped[:, None, None], policy.embed([""]), embeds)
+        t, embeds = t.repeat(2), embeds.repeat(2, 1, 1)
+        x_t, target, _ = noised(policy.scheduler, x_0, noise.repeat(2, 1, 1, 1), t)
         base_error = None
         if needs_base:
             with torch.no_grad(), policy.base():
-                base_error = noised_error(policy, x_0, *both).view(2, -1)
-        return noised_error(policy, x_0, *both).view(2, -1), base_error
+                base_error = mean_square(policy.forward(x_t, t, embeds) - target).view(2, -1)
+        return mean_square(policy.forward(x_t, t, embeds) - target).view(2, -1), base_error
 
     @torch.no_grad()
     def measure(self, batch_size):
@@ -166,21 +167,20 @@ class Pairs:
 # ------------------------------------------------------------------------------------------------------------- the loop
 def train(config, preset):
     config.reward, config.sample.images_per_prompt = "", 2  # an epoch's pictures come in pairs
+    config.algorithm, config.train.draws, config.train.inner_epochs = "dpo", 1, 1
     config.train.kl_weight = 0.0  # the loss itself ties the policy to the base model
     run = Run(config, preset, "python -m scripts.train_dpo")
-    loss_function = choose("loss", config.algorithm, LOSSES)
-    needs_base = config.algorithm == "dpo"
+    loss_function = choose("loss", config.choices_loss, LOSSES)
+    needs_base = config.choices_loss == "dpo"
     if not config.choices:
         raise InputError("--choices names the files of scripts.annotate to learn from")
     votes = [vote for vote in read_choices(config.choices.split(",")) if vote["choice"] != "skip"]
-    if config.algorithm == "sft":
+    if config.choices_loss == "sft":
         votes = [vote for vote in votes if vote["choice"] != "tie"]
     if not votes:
         raise InputError(f"{config.choices}: there are no choices")
     votes, held_out = hold_out(votes, config.held_out_choices, config.seed)
-    if config.train.updates_per_epoch * run.processes * 2 > config.sample.images_per_epoch or (
-        config.sample.images_per_epoch % (2 * config.train.updates_per_epoch * run.processes)
-    ):
+    if config.sample.images_per_epoch % (2 * config.train.updates_per_epoch * run.processes):
         raise InputError(
             f"sample.images_per_epoch = {config.sample.images_per_epoch} pictures, in pairs, do not split into "
             f"train.updates_per_epoch = {config.train.updates_per_epoch} x {run.processes} process(es)"
@@ -191,8 +191,7 @@ def train(config, preset):
     check_length(texts, policy.pipe.tokenizer)
     policy.set_timesteps(config.sample.num_steps)
     prompt_set, config.prompts = [(text, {}) for text in texts], os.path.join(run.folder, "prompts.txt")
-    policy.prepare_training(config.train)
-    policy.keep_base()
+    policy.prepare_training(config.train, needs_base=True)
     optimizer = Optimizer(policy.trainable_parameters(), config, run.accelerator)
     factor = policy.pipe.vae_scale_factor
     height, width = (side * factor for side in policy.latent_shape(config.sample.height, config.sample.width)[1:])
@@ -214,7 +213,7 @@ def train(config, preset):
         with open(config.prompts, "w", encoding="utf-8") as f:  # for scripts.evaluate
             f.writelines(" ".join(text.split()) + "\n" for text in texts)
     run.print(
-        f"{run.folder}: {config.algorithm} on {len(votes)} votes ({int((pairs.vote == 0.5).sum())} ties) of "
+        f"{run.folder}: {config.choices_loss} on {len(votes)} votes ({int((pairs.vote == 0.5).sum())} ties) of "
         f"{len({vote['rater'] for vote in votes})} rater(s), {len(held_out)} held out\n"
         f"epochs {run.done} to {config.num_epochs - 1}, each {config.train.updates_per_epoch} updates of "
         f"{share * run.processes} pairs: in all, every vote {config.num_epochs * in_epoch / len(votes):.1f} times"
@@ -232,7 +231,7 @@ def train(config, preset):
         def loss_of(batch):
             """The losses (B,) of this process's pairs `batch` (B,) of the epoch, and what to log of them."""
             rows = [row_of(epoch, i) for i in batch.tolist()]
-            keys = [(config.seed, epoch, 0, i) for i in batch.tolist()]
+            keys = [(config.seed, epoch, i) for i in batch.tolist()]
             error, base_error = pairs.errors(rows, keys, needs_base)
             return loss_function(error, base_error, pairs.vote[rows], config.train.dpo_beta)
 
@@ -266,11 +265,9 @@ def main():
     comma = next((path for path in args.choices if "," in path), None)
     if comma:
         sys.exit(f"error: --choices {comma}: a path with a comma in it; rename it")
-    given = {"choices": ",".join(args.choices), "model": args.model, "algorithm": args.loss}
-    if not any(word.startswith("--config.resume") for word in rest):
-        given["algorithm"] = args.loss or "dpo"
-        if not any(word.split("=")[0] == "--config" for word in rest):
-            rest.append("--config=config/dpo.py")
+    if not any(word.split("=")[0] in ("--config", "--config.resume") for word in rest):
+        rest.append("--config=config/dpo.py")
+    given = {"choices": ",".join(args.choices), "model": args.model, "choices_loss": args.loss}
     sys.argv = [sys.argv[0], *rest, *(f"--config.{key}={value}" for key, value in given.items() if value)]
     cli.run(train)
 

@@ -89,9 +89,7 @@ def get_config():
     train.anchor_weight = 0.1  # awm: of the squared distance from the outputs of the policy that sampled
     train.nft_beta = 1.0  # nft: how far the implicit policies lie from the one that sampled
     train.ram_scale = 1.0  # ram: how far an advantage of 1 moves the target, in the old prediction's errors
-    train.dpo_beta = (
-        500.0  # dpo, train_dpo: inverse temperature of the implicit reward, an error's excess over the base's
-    )
+    train.dpo_beta = 500.0  # dpo, train_dpo: inverse temperature of an error's excess over the base model's
     train.advantage_clip = 5.0  # advantages are clipped to +-this
     train.timestep_fraction = 1.0  # share of the T steps that are trained on
     train.timestep_choice = "random"  # which: random, window, first; the former two drawn anew for each update

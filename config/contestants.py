@@ -6,17 +6,38 @@ JUDGE = {  # of all, whatever they train with
     "evaluate.every": 1, "evaluate.limit": 45, "evaluate.count": 2, "evaluate.clip": "",
 }  # fmt: skip
 PRESET = {"config": "config/emoji.py:compressibility,full"}
-FORWARD = {**PRESET, "train.kl_weight": 0.0, "train.prompt_dropout": 0.0, "num_epochs": 8}
-TRL = {
+ONE_UPDATE = {"train.updates_per_epoch": 1, "train.warmup_updates": 2, "train.learning_rate": 3e-4}
+FORWARD = {**PRESET, **ONE_UPDATE, "train.kl_weight": 0.0, "train.prompt_dropout": 0.0, "train.draws": 4}
+TRL = {  # it samples and trains with guidance, on all steps; it has no KL penalty, no warm-up and no moving average
     "model": "models/emoji", "prompts": "common_animals", "reward": "jpeg_compressibility", "sample.num_steps": 10,
-    "sample.guidance_scale": 3.0, "precision": "fp32", "num_epochs": 8,
+    "sample.guidance_scale": 3.0, "precision": "fp32",
 }  # fmt: skip
+TRL_BATCH = {"sample.images_per_epoch": 128, "sample.batch_size": 16, "train.batch_size": 16, "train.clip_range": 2e-3}
 
 CONTESTANTS = {
     "ddpo_is": {**PRESET, "num_epochs": 8},
-    # Its post's settings, but for the number of steps and guidance: LoRA of rank 4, batches of 6 and 3, 4 of them.
-    "trl, its post": {
+    "ddpo_is_one_update": {**PRESET, **ONE_UPDATE, "num_epochs": 5},
+    "nft": {**FORWARD, "algorithm": "nft", "num_epochs": 4},
+    "nft_64": {**FORWARD, "algorithm": "nft", "sample.images_per_epoch": 64, "num_epochs": 5},
+    "awm": {**FORWARD, "algorithm": "awm", "num_epochs": 4},
+    # The best of four that were tried on seed 10: full finetuning in one update of 3e-4 or 1e-3 an epoch, in eight of
+    # 1e-4, LoRA in one of 3e-3.
+    "trl_tuned": {**TRL, **TRL_BATCH, **ONE_UPDATE, "lora_rank": 0, "num_epochs": 6},
+    "trl_full_1e-3": {**TRL, **TRL_BATCH, **ONE_UPDATE, "train.learning_rate": 1e-3, "lora_rank": 0, "num_epochs": 5},
+    "trl_full_eight": {
+        **TRL, **TRL_BATCH, "train.updates_per_epoch": 8, "train.learning_rate": 1e-4, "lora_rank": 0, "num_epochs": 5,
+    },
+    "trl_lora": {**TRL, **TRL_BATCH, **ONE_UPDATE, "train.learning_rate": 3e-3, "lora_rank": 4, "num_epochs": 5},
+    # Its post's: LoRA of rank 4, 24 images an epoch in batches of 6, 8 updates of 3.
+    "trl_post": {
         **TRL, "lora_rank": 4, "train.learning_rate": 3e-4, "train.clip_range": 1e-4, "sample.images_per_epoch": 24,
         "sample.batch_size": 6, "train.batch_size": 3, "train.updates_per_epoch": 8, "num_epochs": 30,
+        "evaluate.every": 5,
+    },
+    # Its own defaults: 2 images an epoch in batches of 1, 2 updates; LoRA, which its examples use.
+    "trl_defaults": {
+        **TRL, "lora_rank": 4, "train.learning_rate": 3e-4, "train.clip_range": 1e-4, "sample.images_per_epoch": 2,
+        "sample.batch_size": 1, "train.batch_size": 1, "train.updates_per_epoch": 2, "num_epochs": 300,
+        "evaluate.every": 100,
     },
 }  # fmt: skip

@@ -56,7 +56,8 @@ def main(options):
             "epoch": epoch, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start,
             "reward_queries": (epoch + 1) * options["sample.images_per_epoch"], "network_passes": sum(passes),
         })  # fmt: skip
-        judged(epoch + 1)
+        if (epoch + 1) % options["evaluate.every"] == 0:
+            judged(epoch + 1)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from ddpo import prompts  # noqa: E402
 from ddpo.errors import InputError, choose, run_script  # noqa: E402
 from ddpo.evaluation import split_prompts  # noqa: E402
 from ddpo.images import grid_columns  # noqa: E402
+from ddpo.losses import ALGORITHMS  # noqa: E402
 from ddpo.options import flatten  # noqa: E402
 from scripts.plot import plot_band  # noqa: E402
 from scripts.results import read_pictures, read_results  # noqa: E402
@@ -271,19 +272,25 @@ def reward_at(named, gains, share=0.95):
 def draw_frontier():
     """What each setting of results/working_point gained, against the animals that a classifier still names: a line per
     run, from the base model on, a dot per evaluation. Prints the gain at which 95% are named."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.set_prop_cycle(color=plt.cm.tab20.colors)
+    figure, panels = plt.subplots(1, 3, figsize=(12, 6.2), sharey=True, layout="constrained")
+    titles = ("without guidance", "guided, on the denoising steps", "guided, on the finished picture")
+    for axes, title in zip(panels, titles):
+        axes.set_prop_cycle(color=plt.cm.tab20.colors)
+        axes.set(title=title, xlabel="gain in reward, % of the base model's JPEG size")
+        axes.axhline(95, color="0.6", linewidth=0.8, linestyle=":")
     for name, line in read_results("results/working_point/runs.jsonl").items():
+        forward = ALGORITHMS[line["options"].get("algorithm", "ddpo_is")].process == "forward"
+        axes = panels[name.startswith("guided") + forward]
         sections = [evaluation["seen, stochastic"] for evaluation in line["evaluations"]]
         rewards, named = (np.array([s[key] for s in sections]) for key in ("reward_mean", "classifier_accuracy"))
         gains = (rewards - rewards[0]) / abs(rewards[0])
-        axes.plot(100 * gains, 100 * named, ".-", label=name, linewidth=1)
+        axes.plot(100 * gains, 100 * named, ".-", label=name.removeprefix("guided, "), linewidth=1)
         at = reward_at(named, gains)
         print(f"{name}: {gains[-1]:+.1%} with {named[-1]:.1%} named at the end; "
               + (f"{at:+.1%} at 95% named" if at is not None else "95% are named throughout"))  # fmt: skip
-    axes.axhline(95, color="0.6", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="gain in reward, % of the base model's JPEG size", ylabel="animals named, %")
-    figure.legend(loc="outside right upper", fontsize=7)
+    panels[0].set_ylabel("animals named, %")
+    for axes in panels:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=7)
     return figure
 
 

@@ -3,15 +3,15 @@
 Stable Diffusion 1.x and 2.x, or any folder or hub name that diffusers loads as a `StableDiffusionPipeline`; and SDXL,
 as a `StableDiffusionXLPipeline`.
 
-Precision. Trainable weights and the optimizer are always float32; "bf16" and "fp16" run the network under autocast, and
-keep frozen weights (all of the UNet, for LoRA) in half precision too. "tf32" is float32 with TensorFloat-32 matrix
-products. Norms are float32 in every mode, as CUDA's autocast computes them. So is the VAE: it runs once per picture,
-and in half precision it overflows.
+Precision. Trainable weights and the optimizer are always float32; in "bf16" and "fp16" the network holds them, and its
+frozen ones, rounded to half precision, see ddpo/masters.py. "tf32" is float32 with TensorFloat-32 matrix products. The
+VAE is float32 in every mode: it runs once per picture, and in half precision it overflows.
 """
 
 import contextlib
 import copy
 import os
+from functools import partial
 
 import torch
 import transformers
@@ -29,10 +29,17 @@ from safetensors.torch import load_file
 
 from ddpo.ddim_logprob import ddim_step_mean_std
 from ddpo.errors import InputError, choose
+from ddpo.fewer_kernels import use_fewer_kernels
+from ddpo.masters import Masters
 
 transformers.logging.set_verbosity_warning()
 disable_progress_bar()  # of loading a pipeline's parts; downloads keep theirs
-PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # name -> autocast dtype
+PRECISIONS = {
+    "fp32": None,
+    "tf32": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}  # the network's, if not float32
 KEPT_EMBEDDINGS = 1024  # prompts, the newest: 0.24 GB of host memory for Stable Diffusion 1.x, 0.7 GB for SDXL
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -45,6 +52,7 @@ class Policy:
         self.dtype = choose("precision", precision, PRECISIONS)
         self.is_xl = isinstance(pipe, StableDiffusionXLPipeline)
         self.unet, self.vae, self.scheduler = pipe.unet, pipe.vae, pipe.scheduler
+        self.masters = Masters(self.unet, self.dtype)
         self.ema = self._base_unet = None
         self.samples_averaged = False
         self.passes = 0  # of one latent through the network, a backward pass counting as two
@@ -54,7 +62,7 @@ class Policy:
 
     def forward(self, latents, timesteps, prompt_embeds):
         """The UNet's output (B, C, H, W) in float32, computed in the policy's precision. Sampling and training both
-        come through here: another autocast, or train mode in one of them, would bias every importance ratio.
+        come through here: another precision, or train mode in one of them, would bias every importance ratio.
 
         With `rl_scale` s other than 1 it is base + s (finetuned - base), reinforcement learning guidance (RLG, arXiv
         2508.21016): the score of p_base^(1 - s) p_finetuned^s, so s < 1 strengthens the tie to the base model that the
@@ -68,7 +76,8 @@ class Policy:
         return base + self.rl_scale * (self._forward(latents, timesteps, prompt_embeds) - base)
 
     def _forward(self, latents, timesteps, prompt_embeds):
-        conditions = None
+        dtype, conditions = self.dtype or torch.float32, None
+        prompt_embeds = prompt_embeds.to(dtype)
         if self.is_xl:  # the picture's size and crop, and the pooled embedding (see `embed`)
             height, width = (side * self.pipe.vae_scale_factor for side in latents.shape[-2:])
             if (height, width) not in self._time_ids:  # copied to the device once: a copy would wait for it each time
@@ -81,11 +90,9 @@ class Policy:
         # Compiled without gradients the network would be another program, with other roundings: none of those then.
         with_gradient = torch.is_grad_enabled()
         self.passes += len(latents) * (3 if with_gradient else 1)
-        with (
-            torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None),
-            torch.set_grad_enabled(with_gradient or self._compiled),
-        ):
-            output = self.unet(latents, timesteps, prompt_embeds, added_cond_kwargs=conditions).sample.float()
+        self.masters.copy_to_network()
+        with torch.set_grad_enabled(with_gradient or self._compiled):
+            output = self.unet(latents.to(dtype), timesteps, prompt_embeds, added_cond_kwargs=conditions).sample.float()
         return output if with_gradient else output.detach()
 
     def compile(self, rows, height=0, width=0, **options):
@@ -95,7 +102,7 @@ class Policy:
         shape = (rows, *self.latent_shape(height, width))
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         timesteps = torch.linspace(1, 999, len(latents), device=self.device).long()
-        embeds, parameters = self.embed([""] * len(latents)), self.trainable_parameters()
+        embeds, parameters = self.embed([""] * len(latents)), self.masters.weights
 
         def gradient():
             output = self.forward(latents, timesteps, embeds)
@@ -159,7 +166,8 @@ class Policy:
         return self.step_mean_std(zeros, self.scheduler.timesteps.to(self.device), zeros, eta)[1].flatten()
 
     def trainable_parameters(self):
-        return [p for p in self.unet.parameters() if p.requires_grad]
+        """The float32 masters of the weights that are trained."""
+        return self.masters.parameters
 
     def prepare_training(self, options, needs_base=False, samples_averaged=False):
         """Called before any weight changes. options: `config.train`. needs_base: for another use than a KL.
@@ -177,7 +185,6 @@ class Policy:
         precision, while a LoRA can just be left out."""
         if not self.lora_rank:
             self._base_unet = copy.deepcopy(self.unet).requires_grad_(False)
-            halve_frozen(self._base_unet, self.dtype)
 
     def start_ema(self, decay):
         """Begins a moving average of the trained weights as they are; over the first n updates it decays by
@@ -279,12 +286,12 @@ def load_policy(model, lora_rank, precision, device, lora_targets="to_q,to_k,to_
                 f"lora_targets {','.join(lora_targets)}: one of them only holds other modules; a LoRA goes on linear "
                 "layers and convolutions. Common: to_q,to_k,to_v,to_out.0"
             ) from error
-        halve_frozen(pipe.unet, dtype)
+    use_fewer_kernels(pipe.unet)
     on_cpu = torch.device(device).type == "cpu"
-    if on_cpu and dtype is not None:  # CUDA's autocast does this by itself; the CPU's half-precision kernel is slower
+    if on_cpu and dtype is not None:  # whose kernel for half precision is slower
         for module in pipe.unet.modules():
             if isinstance(module, torch.nn.GroupNorm):
-                module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+                module.forward = partial(_norm_in_float32, module)
     # The CPU's fused attention has a backward pass in half precision that takes longer than all the rest.
     torch.backends.cuda.enable_flash_sdp(not on_cpu or dtype is None)
     # cuDNN's attention is another graph with gradients than without, so the importance ratio may not be 1. What is left
@@ -296,13 +303,10 @@ def load_policy(model, lora_rank, precision, device, lora_targets="to_q,to_k,to_
     return Policy(pipe, device, precision, lora_rank)
 
 
-def halve_frozen(network, dtype):
-    """Casts the weights that are not trained to dtype, unless it is None; norms stay float32."""
-    for module in network.modules():
-        if dtype is not None and not isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-            for p in module.parameters(recurse=False):
-                if not p.requires_grad:
-                    p.data = p.data.to(dtype)
+def _norm_in_float32(norm, x):
+    """A GroupNorm's output, computed in float32, as a GPU does inside its kernel."""
+    weight, bias = norm.weight.float(), norm.bias.float()
+    return torch.nn.functional.group_norm(x.float(), norm.num_groups, weight, bias, norm.eps).to(x.dtype)
 
 
 def load_pipeline(model):
@@ -332,12 +336,13 @@ def load_pipeline(model):
 
 def save_weights(policy, folder):
     """Writes the trained weights: FOLDER/lora for `pipe.load_lora_weights`, or FOLDER/unet for `from_pretrained`."""
-    if policy.lora_rank:
-        type(policy.pipe).save_lora_weights(
-            os.path.join(folder, "lora"), get_peft_model_state_dict(policy.unet), weight_name=LORA_FILE
-        )
-    else:
-        policy.unet.save_pretrained(os.path.join(folder, "unet"))
+    with policy.masters.in_network():
+        if policy.lora_rank:
+            type(policy.pipe).save_lora_weights(
+                os.path.join(folder, "lora"), get_peft_model_state_dict(policy.unet), weight_name=LORA_FILE
+            )
+        else:
+            policy.unet.save_pretrained(os.path.join(folder, "unet"))
 
 
 def load_weights(policy, folder):
@@ -353,6 +358,8 @@ def load_weights(policy, folder):
         expected = get_peft_model_state_dict(policy.unet)
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
             raise InputError(f"the LoRA in {path} has other modules or another rank than this run's")
-        set_peft_model_state_dict(policy.unet, state)
+        with policy.masters.in_network():
+            set_peft_model_state_dict(policy.unet, state)
     else:
-        policy.unet.load_state_dict(UNet2DConditionModel.from_pretrained(path).state_dict())
+        with policy.masters.in_network():
+            policy.unet.load_state_dict(UNet2DConditionModel.from_pretrained(path).state_dict())

@@ -1,0 +1,51 @@
+"""Half precision without autocast: the network's weights are half precision, their masters float32.
+
+The optimizer, the moving average and checkpoints see the masters alone. `copy_to_network` rounds them into the network
+before a forward pass, and each gradient is added to its master's as soon as the backward pass has it, so that sums over
+minibatches are float32. Under autocast, every norm, cast and residual would pass over its activations in float32.
+"""
+
+import contextlib
+from functools import partial
+
+import torch
+
+
+class Masters:
+    """Of a network's weights that are trained. In float32 they are these weights themselves."""
+
+    def __init__(self, network, dtype):
+        """Casts the network to dtype, unless that is None."""
+        self.weights = [p for p in network.parameters() if p.requires_grad]
+        self.parameters = self.weights
+        if dtype is not None:
+            self.parameters = [torch.nn.Parameter(p.detach()) for p in self.weights]
+            for p in network.parameters():
+                p.data = p.data.to(dtype)
+            for weight, master in zip(self.weights, self.parameters):
+                weight.register_post_accumulate_grad_hook(partial(_add_gradient, master))
+
+    @torch.no_grad()
+    def copy_to_network(self):
+        """Rounds the masters into the network. By `.data`, since they may not have changed since a forward pass that
+        autograd has yet to go back through."""
+        if self.parameters is not self.weights:
+            torch._foreach_copy_([p.data for p in self.weights], self.parameters)
+
+    @contextlib.contextmanager
+    def in_network(self):
+        """Within it, the network holds the masters themselves, to be saved or loaded."""
+        halves = [p.data for p in self.weights]
+        for weight, master in zip(self.weights, self.parameters):
+            weight.data = master.data
+        try:
+            yield
+        finally:
+            for weight, half in zip(self.weights, halves):
+                weight.data = half
+
+
+def _add_gradient(master, weight):
+    """Adds a weight's gradient to its master's, in float32."""
+    master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+    weight.grad = None

@@ -92,6 +92,12 @@ def hold_out(votes, share, seed):
     return kept, held_out
 
 
+def draw_row(seed, position, count):
+    """Which of `count` votes is at a position in the order of training: each turn sees all, reordered."""
+    turn, place = divmod(position, count)
+    return int(numpy_generator("pairs", seed, turn).permutation(count)[place])
+
+
 @torch.no_grad()
 def encode(policy, names, height, width):
     """{name: latent (C, h, w) on the CPU} of picture files, cut and scaled to height x width: the means that the VAE
@@ -220,9 +226,7 @@ def train(config, preset):
     )
 
     def row_of(epoch, index):
-        """The vote that is pair `index` of an epoch: all of them are seen before one is seen again."""
-        turn, place = divmod(epoch * in_epoch + index, len(votes))
-        return int(numpy_generator("pairs", config.seed, turn).permutation(len(votes))[place])
+        return draw_row(config.seed, epoch * in_epoch + index, len(votes))
 
     for epoch in run.epochs():
         if run.stopping():

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import torch
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -70,6 +71,9 @@ def _check_launcher(precision):
             "accelerate launch starts only one process without a GPU, whatever --num_processes says: use torchrun "
             "--nproc_per_node N train.py ..."
         )
+    processes, gpus = int(env.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if processes > gpus > 0 and env.get("ACCELERATE_USE_CPU", "").lower() != "true":
+        raise InputError(f"{processes} processes for {gpus} GPU(s) of this machine: start one a GPU (--num_processes)")
     mixed = env.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed not in ("no", precision):
         raise InputError(

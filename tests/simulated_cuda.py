@@ -220,7 +220,7 @@ def install():
     cpu_attention = torch.nn.functional.scaled_dot_product_attention
     torch.nn.functional.scaled_dot_product_attention = attention
     torch.Tensor.pin_memory = pin_memory
-    count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    count = int(os.environ.get("SIMULATED_GPUS", os.environ.get("LOCAL_WORLD_SIZE", "1")))
     for name, value in {
         "is_available": True, "device_count": count, "current_device": DEVICE.index, "_lazy_init": None,
         "is_initialized": True, "set_device": None, "manual_seed": None, "manual_seed_all": None, "empty_cache": None,

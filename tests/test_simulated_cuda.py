@@ -72,3 +72,9 @@ def test_two_processes(tiny, tmp_path, gpu):
     """With collectives that take, as NCCL, only what is on a GPU."""
     launch(model=tiny, run_dir=tmp_path / "run", processes=2, env=gpu, **SHORT)
     assert metrics(tmp_path / "run")[0]["ratio_error"] == 0
+
+
+def test_more_processes_than_gpus(tiny, tmp_path, gpu):
+    env = gpu | {"LOCAL_WORLD_SIZE": "2", "SIMULATED_GPUS": "1"}
+    result = launch(model=tiny, run_dir=tmp_path / "run", direct=True, env=env, check=False, **SHORT)
+    assert result.returncode and "error: 2 processes for 1 GPU(s)" in result.stderr

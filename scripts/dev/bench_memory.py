@@ -2,17 +2,15 @@
 
     python -m scripts.dev.bench_memory --size sd15 --batch_sizes 1 2 4 8 16 --json results/bench/memory.json
 
-The network's forward and backward pass runs on fake tensors, and every storage is counted from its making to its end;
-the largest sum is the peak. Autocast follows a CPU's rules but for the norms, which a GPU runs in float32, and so do
-their outputs here. Gradients and Adam's moments are counted too. Not counted: VAE and text encoder (0.34 and 0.49 GB in
-float32 for Stable Diffusion 1.5), trajectories (6.6 MB an image of 50 steps), what CUDA itself takes, and what an
-allocator loses to fragments. These are computed figures, not measured ones.
+The network's forward and backward pass runs on fake tensors, and every storage is counted from its making to its end:
+the largest sum is the peak. Gradients and Adam's moments are counted too. Not counted: VAE and text encoder (0.34 and
+0.49 GB in float32 for Stable Diffusion 1.5), trajectories (6.6 MB an image of 50 steps), what CUDA itself takes, and
+what an allocator loses to fragments. These are computed figures, not measured ones.
 """
 
 import argparse
 import json
 import weakref
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +21,8 @@ from torch.utils._pytree import tree_iter
 
 from config.base import get_config
 from ddpo.errors import at_least
+from ddpo.fewer_kernels import use_fewer_kernels
+from ddpo.masters import Masters
 from ddpo.policy import PRECISIONS
 from scripts.make_random_model import SIZES, make_unet
 
@@ -68,39 +68,28 @@ def step_memory(size, lora_rank, precision, batch_size, checkpointing, guidance=
             targets = get_config().lora_targets.split(",")
             unet.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets))
     peak, rows = Peak(), batch_size * (1 + guidance)
+    use_fewer_kernels(unet)
     with FakeTensorMode(), peak:
         for module in unet.modules():
             for name, p in module._parameters.items():
                 if p is not None:
-                    kept = torch.float32 if p.requires_grad or dtype is None else dtype  # as ddpo/policy.py holds them
-                    fake = torch.nn.Parameter(torch.empty(p.shape, dtype=kept), requires_grad=p.requires_grad)
+                    fake = torch.nn.Parameter(torch.empty(p.shape), requires_grad=p.requires_grad)
                     module._parameters[name] = fake
-        if dtype is not None:
-            for module in unet.modules():
-                if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-                    module.forward = partial(in_float32, module)
-        trained = [p for p in unet.parameters() if p.requires_grad]
-        moments = [torch.empty_like(p) for p in trained for _ in range(2)]  # held to the end
+        masters = Masters(unet, dtype)
+        fake = None
+        peak.most = peak.now
+        moments = [torch.empty_like(p) for p in masters.parameters for _ in range(2)]  # held to the end
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        latents = torch.empty(rows, 4, *[unet.config.sample_size] * 2)
-        states = torch.empty(rows, 77, unet.config.cross_attention_dim)
+        latents = torch.empty(rows, 4, *[unet.config.sample_size] * 2, dtype=dtype)
+        states, more = torch.empty(rows, 77, unet.config.cross_attention_dim, dtype=dtype), None
         if text_2:
-            more = {"text_embeds": torch.empty(rows, text_2["projection_dim"]), "time_ids": torch.ones(rows, 6)}
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            output = unet(latents, torch.ones(rows), states, added_cond_kwargs=more if text_2 else None).sample.float()
+            pooled = torch.empty(rows, text_2["projection_dim"], dtype=dtype)
+            more = {"text_embeds": pooled, "time_ids": torch.ones(rows, 6)}
+        output = unet(latents, torch.ones(rows), states, added_cond_kwargs=more).sample.float()
         output.square().mean().backward()
     del moments
     return peak.most
-
-
-def in_float32(norm, x):
-    """A GroupNorm's or LayerNorm's output (float32), as CUDA's autocast computes it."""
-    with torch.autocast("cpu", enabled=False):
-        x, weight, bias = x.float(), norm.weight.float(), norm.bias.float()
-        if isinstance(norm, torch.nn.GroupNorm):
-            return torch.nn.functional.group_norm(x, norm.num_groups, weight, bias, norm.eps)
-        return torch.nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
 def main():

@@ -186,11 +186,6 @@ def train(config, preset):
     if not votes:
         raise InputError(f"{config.choices}: there are no choices")
     votes, held_out = hold_out(votes, config.held_out_choices, config.seed)
-    if config.sample.images_per_epoch % (2 * config.train.updates_per_epoch * run.processes):
-        raise InputError(
-            f"sample.images_per_epoch = {config.sample.images_per_epoch} pictures, in pairs, do not split into "
-            f"train.updates_per_epoch = {config.train.updates_per_epoch} x {run.processes} process(es)"
-        )
 
     policy = load_policy(config.model, config.lora_rank, config.precision, run.device, config.lora_targets, config.seed)
     texts = sorted({vote["prompt"] for vote in votes + held_out})

@@ -279,7 +279,10 @@ def test_new_choices_are_predicted(choices, tmp_path):
         ((), "--choices names the files"),
         (("--choices", "no/such.jsonl"), "cannot read no/such.jsonl"),
         (("--choices", "CHOICES", "--loss", "kto"), "invalid choice: 'kto'"),
-        (("--choices", "CHOICES", "--config.sample.images_per_epoch=8"), "in pairs, do not split into"),
+        (
+            ("--choices", "CHOICES", "--config.sample.images_per_epoch=8"),
+            "groups of sample.images_per_prompt = 2: use 16",
+        ),
         (("--choices", "CHOICES", "--config.held_out_choices=0.999"), "leaves none in"),
         (("--choices", "CHOICES", "--config.train.dpo_beta=0"), "train.dpo_beta = 0.0 must be greater than 0"),
         (("--choices", "CHOICES", "--config.dpo_beta=1"), "unknown option dpo_beta. Did you mean train.dpo_beta?"),

@@ -9,7 +9,7 @@ import torch
 
 from config.base import get_config
 from ddpo.batches import plan_updates
-from ddpo.likelihood import Draws, Rollout
+from ddpo.likelihood import Draws, Rollout, must_rescore
 from ddpo.losses import ALGORITHMS
 from ddpo.pipeline_logprob import Trajectories
 from ddpo.policy import load_policy
@@ -200,3 +200,27 @@ def test_old_outputs_are_those_of_the_weights_that_sampled(tiny, averaged):
     move()
     after = terms()
     assert all(torch.equal(t.old, e) and not torch.equal(t.old, t.output) for t, e in zip(after, expected))
+
+
+def test_images_of_a_pair_are_noised_alike(tiny):
+    """dpo: those of one group get the same timesteps and noise, other groups others; awm: every image its own."""
+    policy, config = load_policy(tiny, 4, "fp32", "cpu"), get_config()
+    policy.set_timesteps(3)
+    config.sample.images_per_prompt, config.train.draws = 2, 3
+    for name, alike in (("dpo", [True, False, True]), ("awm", [False, False, False])):
+        trajectories = Trajectories([], torch.randn(4, 1, *policy.latent_shape()), None, None, None)
+        rollout = Rollout(policy, config, ALGORITHMS[name], 0, [2, 3, 6, 7], ["a cat"] * 4, trajectories)
+        t, _, noise = rollout.draws
+        for i, same in enumerate(alike):
+            assert torch.equal(noise[i], noise[i + 1]) == same and torch.equal(t[i], t[i + 1]) == same
+
+
+def test_when_old_outputs_take_a_pass_of_their_own():
+    """Not for a single update of the weights that sampled, nor for a loss that does not compare."""
+    config = get_config()
+    for name, updates, averaged, expected in (
+        ("awm", 1, False, False), ("awm", 2, False, True), ("awm", 1, True, True),
+        ("rwr", 2, False, False), ("dpo", 2, True, False),
+    ):  # fmt: skip
+        config.train.updates_per_epoch, config.sample.averaged = updates, averaged
+        assert must_rescore(config, ALGORITHMS[name], 8) == expected

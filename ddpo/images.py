@@ -1,6 +1,9 @@
 """Grids of pictures."""
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
+
+SMALLEST = 192  # pixels; narrower pictures are enlarged, by a whole factor
+LINES = 2  # of a label; what is longer ends in an ellipsis
 
 
 def grid_columns(count):
@@ -13,17 +16,41 @@ def image_grid(images, labels=None, columns=0, heads=()):
     column."""
     columns = columns or grid_columns(len(images))
     width, height = images[0].size
-    zoom = max(1, 96 // width)  # a 64-pixel picture is too small for a label and for most eyes
+    zoom = -(-SMALLEST // width)
     width, height = width * zoom, height * zoom
-    line, above = 13 if labels else 0, 13 if heads else 0
+    font = ImageFont.load_default(max(13, width // 16))
+    line = sum(font.getmetrics())
+    below, above = LINES * line if labels else 0, line if heads else 0
     rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * (width + 2), above + rows * (height + 2 + line)), "white")
+    grid = Image.new("RGB", (columns * (width + 2), above + rows * (height + 2 + below)), "white")
     for column, head in enumerate(heads):
-        ImageDraw.Draw(grid).text((column * (width + 2) + 1, 0), head, fill="black")
+        ImageDraw.Draw(grid).text((column * (width + 2) + 1, 0), head, "black", font)
     for i, image in enumerate(images):
-        left, top = i % columns * (width + 2), above + i // columns * (height + 2 + line)
+        left, top = i % columns * (width + 2), above + i // columns * (height + 2 + below)
         grid.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
-        if labels:
-            room = width // 6 if any(labels[i + 1 : i + 2]) else None  # a label may run on under pictures without one
-            ImageDraw.Draw(grid).text((left + 1, top + height), labels[i][:room], fill="black")
+        if labels and labels[i]:
+            free = i + 1  # a label may run on under the pictures of its row that have none
+            while free % columns and not any(labels[free : free + 1]) and free < len(images):
+                free += 1
+            text = wrap(labels[i], (free - i) * (width + 2) - 4, font)
+            ImageDraw.Draw(grid).multiline_text((left + 1, top + height), text, "black", font, spacing=0)
     return grid
+
+
+def wrap(text, width, font):
+    """The text in at most LINES lines of `width` pixels; cut with an ellipsis if it is longer."""
+    lines, words = [""], text.split()
+    for i, word in enumerate(words):
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        elif len(lines) < LINES and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = " ".join([longer, *words[i + 1 :]])  # cut below
+            break
+    for i, long in enumerate(lines):
+        while font.getlength(lines[i]) > width and long:
+            long = long[:-1]
+            lines[i] = long.rstrip() + "..."
+    return "\n".join(lines)

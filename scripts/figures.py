@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from config.base import get_config  # noqa: E402
 from config.sweeps import ABLATIONS, SWEEPS  # noqa: E402
 from ddpo import prompts  # noqa: E402
-from ddpo.errors import InputError, choose, run_script  # noqa: E402
+from ddpo.errors import InputError, check_folder, choose, run_script  # noqa: E402
 from ddpo.evaluation import split_prompts  # noqa: E402
 from ddpo.images import grid_columns  # noqa: E402
 from ddpo.losses import ALGORITHMS  # noqa: E402
@@ -89,17 +89,18 @@ def rewards_of(jobs):
     return np.stack([job.metrics["reward_mean"] for job in jobs])
 
 
-def grid_pictures(grid, count):
-    """The pictures in a run's picture grid of `count` (ddpo/images.py: image_grid)."""
+def grid_pictures(grid, count, ratio=1.0):
+    """The pictures in a run's picture grid of `count` (ddpo/images.py: image_grid). ratio: of height to width."""
     columns = grid_columns(count)
     width, height = grid.width // columns, grid.height // -(-count // columns)
     corners = [(i % columns * width, i // columns * height) for i in range(count)]
-    return [grid.crop((x, y, x + width - 2, y + height - 2 - 13)) for x, y in corners]
+    return [grid.crop((x, y, x + width - 2, y + round((width - 2) * ratio))) for x, y in corners]
 
 
 def show(axes, job, epoch, indices, title):
     """Some pictures of a job's picture grid after so many epochs, below each other."""
-    pictures = grid_pictures(job.grids[epoch], job.options["grid_images"])
+    height, width = job.options["sample.height"], job.options["sample.width"]  # 0, 0: the model's own, a square
+    pictures = grid_pictures(job.grids[epoch], job.options["grid_images"], height / width if height and width else 1.0)
     axes.imshow(np.concatenate([np.asarray(pictures[i]) for i in indices]))
     axes.set_title(title, fontsize=7)
     axes.set_axis_off()
@@ -312,6 +313,7 @@ def main():
     parser.add_argument("--output", default="results/figures")
     args = parser.parse_args()
     draw, *sweeps = choose("figure", args.name, FIGURES)
+    check_folder(args.output)
     figure = draw(*(read_jobs(args.results, sweep) for sweep in sweeps))
     os.makedirs(args.output, exist_ok=True)
     for kind in ("png", "svg"):

@@ -24,11 +24,13 @@ def read_results(path):
     """{run's name: its line}, metrics as arrays (epochs,); {} if there is no such file."""
     if not os.path.exists(path):
         return {}
-    with open(path) as f:
-        lines = [json.loads(line) for line in f]
-    for line in lines:
-        line["metrics"] = {key: np.array(values) for key, values in line["metrics"].items()}
-    return {line["run"]: line for line in lines}
+    lines = read_jsonl(path)
+    try:
+        for line in lines:
+            line["metrics"] = {key: np.array(values) for key, values in line["metrics"].items()}
+        return {line["run"]: line for line in lines}
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} has a line that is not the result of a run") from error
 
 
 def read_metrics(run):
@@ -37,6 +39,8 @@ def read_metrics(run):
     lines = read_jsonl(path) if os.path.exists(path) else []
     if not lines:
         raise InputError(f"{run!r} is not a run with a finished epoch: no lines in its metrics.jsonl")
+    if not all(isinstance(line, dict) for line in lines):
+        raise InputError(f"{path} has a line that is not an epoch's metrics")
     return {key: np.array([line[key] for line in lines]) for key in lines[0] if all(key in line for line in lines)}
 
 
@@ -75,17 +79,21 @@ def read_pictures(path):
     montage = Image.open(path).convert("RGB")
     rows = json.loads(montage.info.pop("rows"))
     width, height = montage.width // max(map(len, rows.values())), montage.height // len(rows)
-    return {
-        curve: {epoch: montage.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
-                for x, epoch in enumerate(epochs)} for y, (curve, epochs) in enumerate(rows.items())
-    }  # fmt: skip
+    sizes = json.loads(montage.info.pop("sizes", "{}"))  # of those that do not fill their cells
+    pictures = {}
+    for y, (curve, epochs) in enumerate(rows.items()):
+        w, h = sizes.get(curve, (width, height))
+        corners = ((epoch, x * width, y * height) for x, epoch in enumerate(epochs))
+        pictures[curve] = {epoch: montage.crop((left, top, left + w, top + h)) for epoch, left, top in corners}
+    return pictures
 
 
 def add_pictures(path, curve, grids):
     """Adds {epoch: picture grid} of a curve to a sweep's PNG, or replaces them there: a row per curve, a column per
-    epoch, both named in the PNG's own text. All grids of a sweep have one size."""
+    epoch, both named in the PNG's own text, as is the size of a curve's grids, which other versions drew larger."""
     rows = read_pictures(path) | {curve: grids}
-    width, height = next(iter(grids.values())).size
+    sizes = {name: next(iter(row.values())).size for name, row in rows.items()}
+    width, height = (max(size) for size in zip(*sizes.values()))
     montage = Image.new("RGB", (width * max(map(len, rows.values())), height * len(rows)), "white")
     for y, row in enumerate(rows.values()):
         for x, grid in enumerate(row.values()):
@@ -93,6 +101,7 @@ def add_pictures(path, curve, grids):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     text = PngImagePlugin.PngInfo()
     text.add_text("rows", json.dumps({curve: list(row) for curve, row in rows.items()}))
+    text.add_text("sizes", json.dumps(sizes))
     montage.save(path + ".tmp", format="png", pnginfo=text, optimize=True)
     os.replace(path + ".tmp", path)
 

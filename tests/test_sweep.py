@@ -95,6 +95,9 @@ def test_pictures_come_back_as_they_were_added(tmp_path):
     assert read_pictures(path) == {"a": {0: grids[3], 5: grids[4], 10: grids[5]}, "b": {12: grids[3]}}
     assert list(read_pictures(path)) == ["a", "b"] and Image.open(path).size == (18, 8)
     assert read_pictures(tmp_path / "none.png") == {}
+    large = Image.new("RGB", (9, 5), "blue")  # by a version that draws larger ones
+    add_pictures(path, "b", {12: large})
+    assert read_pictures(path) == {"a": {0: grids[3], 5: grids[4], 10: grids[5]}, "b": {12: large}}
 
 
 def test_the_reward_at_a_share_of_animals_is_interpolated():

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,20 @@ def read_ratings(path, images=""):
     return kept
 
 
+def picture_keys(paths):
+    """{path: a hash of the picture's pixels, or None if it cannot be read} of picture files."""
+
+    def key(path):
+        try:
+            picture = _open(path)
+            return path, hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
+        except InputError:
+            return path, None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
+        return dict(tqdm(pool.map(key, sorted(paths)), "reading", len(paths), unit="picture", leave=False))
+
+
 def cached_embeddings(encoder, paths, cache, device="cpu", precision="fp32", batch_size=32):
     """Unit CLIP embeddings (N, D) of N different picture files, from the folder `cache` where they are known already.
 
@@ -232,16 +247,30 @@ def rank_correlation(a, b):
     return float(spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else None
 
 
-def evaluate_choices(margin, target, bins=5):
-    """What f(left) - f(right) (N,) says of votes (N,) in {0, 0.5, 1}.
+def exact_interval(share, count):
+    """The exact 95% confidence interval (low, high) of a share of `count` independent trials."""
+    from scipy.stats import binomtest  # slow to import
 
-    Returns a dict: `accuracy` over the votes that are no ties; `rank_correlation` (Spearman) of margin and vote;
+    interval = binomtest(round(share * count), count).proportion_ci()
+    return float(interval.low), float(interval.high)
+
+
+def evaluate_choices(margin, target, pictures=None, bins=5):
+    """What f(left) - f(right) (N,) says of votes (N,) in {0, 0.5, 1} on `pictures` (N, 2), integers; by default each
+    vote is on a pair of its own.
+
+    Returns a dict: `accuracy` over the votes that are no ties; `accuracy_interval`, its exact 95% confidence interval
+    (Clopper and Pearson, 1934), for which all votes on one pair count as one; `rank_correlation` (Spearman) of margin
+    and vote;
     `log_loss`; `calibration`, a list of (mean predicted probability, share of left votes, votes) over bins of equal
     width; and `calibration_error`, their mean distance weighted by votes. What votes that are all alike do not say is
     None.
     """
     probability = 1 / (1 + np.exp(-margin.astype(np.float64)))  # float32's is 1 from a margin of 17 on
     clear = target != 0.5
+    accuracy = float(((margin > 0) == (target == 1))[clear].mean()) if clear.any() else None
+    pairs = np.arange(len(target)) if pictures is None else np.sort(pictures, axis=1)
+    different = len(np.unique(pairs[clear], axis=0))
     calibration, place = [], np.minimum(probability * bins, bins - 1).astype(int)  # probability 1 is in the last bin
     for inside in (place == i for i in range(bins)):
         if inside.any():
@@ -249,7 +278,8 @@ def evaluate_choices(margin, target, bins=5):
     clipped = probability.clip(1e-12, 1 - 1e-12)
     return {
         "votes": len(target),
-        "accuracy": float(((margin > 0) == (target == 1))[clear].mean()) if clear.any() else None,
+        "accuracy": accuracy,
+        "accuracy_interval": accuracy if accuracy is None else exact_interval(accuracy, different),
         "rank_correlation": rank_correlation(margin, target),
         "log_loss": float(-(target * np.log(clipped) + (1 - target) * np.log(1 - clipped)).mean()),
         "calibration": calibration,
@@ -261,6 +291,8 @@ def evaluate_ratings(predicted, target, pictures=None, bins=5):
     """What predictions (N,) say of ratings (N,) of `pictures` (N,), integers; by default one rating of each.
 
     Returns a dict: `accuracy`, the share of picture pairs with different mean ratings that are put in the right order;
+    `accuracy_interval`, to either side 1.96 standard deviations that this share has for n pictures in random order
+    (Kendall's tau, 2 accuracy - 1, then has the variance 2 (2n + 5) / (9n (n - 1)));
     `rank_correlation` (Spearman) of the pictures' means; and of the single ratings `rmse`; `r2`; `calibration`, a list
     of (mean prediction, mean rating, pictures) over bins of equally many; and `calibration_error`, their mean distance.
     What ratings that are all alike do not say is None.
@@ -273,11 +305,14 @@ def evaluate_ratings(predicted, target, pictures=None, bins=5):
     for i in range(len(truth)):  # row by row: all pairs of AVA's pictures would fill the memory
         order = np.sign(means[i + 1 :] - means[i]) * np.sign(truth[i + 1 :] - truth[i])
         right, different = right + (order > 0).sum(), different + (truth[i + 1 :] != truth[i]).sum()
+    n, accuracy = len(truth), float(right / different) if different else None
+    spread = 1.96 * (2 * (2 * n + 5) / (9 * n * max(1, n - 1))) ** 0.5 / 2
     groups = [g for g in np.array_split(np.argsort(predicted, kind="stable"), bins) if len(g)]
     calibration = [(float(predicted[g].mean()), float(target[g].mean()), len(g)) for g in groups]
     return {
         "votes": len(target),
-        "accuracy": float(right / different) if different else None,
+        "accuracy": accuracy,
+        "accuracy_interval": None if accuracy is None else (max(0.0, accuracy - spread), min(1.0, accuracy + spread)),
         "rank_correlation": rank_correlation(means, truth),
         "rmse": float(np.sqrt(((predicted - target) ** 2).mean())),
         "r2": float(1 - ((predicted - target) ** 2).mean() / target.var()) if target.var() else None,
@@ -300,8 +335,10 @@ def agreement(items, votes):
 
 # ---------------------------------------------------------------------------------------------------------- the folder
 def save_reward_model(folder, head, encoder, hidden, details):
-    """Writes reward.json and head.safetensors. details: what else reward.json should say."""
+    """Writes reward.json and head.safetensors. details: what else reward.json should say. An encoder that is a folder
+    is named by its place relative to this one."""
     os.makedirs(folder, exist_ok=True)
+    encoder = os.path.relpath(encoder, folder) if os.path.isdir(encoder) else encoder
     weights, description = (os.path.join(folder, name) for name in ("head.safetensors", "reward.json"))
     save_file(head.state_dict(), weights)
     with open(description, "w") as f:
@@ -309,12 +346,20 @@ def save_reward_model(folder, head, encoder, hidden, details):
     shutil.copymode(description, weights)  # safetensors' own is for the owner alone
 
 
+def encoder_of(folder):
+    """The encoder of a reward model's folder: a folder, relative to that one or to where we are, or a hub name."""
+    with open(os.path.join(folder, "reward.json")) as f:
+        encoder = json.load(f)["encoder"]
+    beside = os.path.normpath(os.path.join(folder, encoder))
+    return beside if os.path.isdir(beside) else encoder
+
+
 def load_reward_model(folder, device="cpu", precision="fp32", batch_size=32):
     """The reward function of a folder that `scripts.train_reward` wrote. Raises InputError if it is none."""
     try:
         with open(os.path.join(folder, "reward.json")) as f:
             description = json.load(f)
-        encoder, hidden = description["encoder"], description["hidden"]
+        encoder, hidden = encoder_of(folder), description["hidden"]
         state = load_file(os.path.join(folder, "head.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(

@@ -20,13 +20,14 @@ import matplotlib
 import numpy as np
 import torch
 
-from ddpo.errors import InputError, at_least, run_script
+from ddpo.errors import InputError, at_least, check_folder, run_script, seed
 from ddpo.reward_model import (
     VOTES,
     agreement,
     cached_embeddings,
     evaluate_choices,
     evaluate_ratings,
+    picture_keys,
     read_choices,
     read_ratings,
     save_reward_model,
@@ -94,10 +95,12 @@ def main():
     parser.add_argument("--patience", type=at_least(1), default=20, help="epochs without a better validation loss")
     parser.add_argument("--learning_rate", type=at_least(0, float), default=1e-2)
     parser.add_argument("--weight_decay", type=at_least(0, float), default=10.0)
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the split, the head and the order")
+    parser.add_argument("--seed", type=seed, default=0, help="of the split, the head and the order")
     parser.add_argument("--no_refit", action="store_true", help="save the head that was measured")
     parser.add_argument("--cache", default="runs/embeddings", help="folder of the embeddings known already")
     args = parser.parse_args()
+    for folder in (args.output, args.cache):
+        check_folder(folder)
 
     kind = "choices" if args.choices else "ratings"
     if args.choices:
@@ -105,24 +108,34 @@ def main():
         pictures = [(vote["left"], vote["right"]) for vote in votes]
         target = np.array([VOTES[vote["choice"]] for vote in votes], dtype=np.float32)
         raters = [vote["rater"] for vote in votes]
-        # Two raters may have seen a pair the other way round.
-        agreed = agreement([tuple(sorted(p)) for p in pictures],
-                           [t if p == tuple(sorted(p)) else 1 - t for p, t in zip(pictures, target)])  # fmt: skip
     else:
         ratings = read_ratings(args.ratings, args.images)
         pictures = [(name,) for name, _, _ in ratings]
         target = np.array([score for _, score, _ in ratings], dtype=np.float32)
-        raters, agreed = [rater for _, _, rater in ratings], None
+        raters = [rater for _, _, rater in ratings]
+    missing = next((name for names in pictures for name in names if not os.path.isfile(name)), None)
+    if missing:
+        raise InputError(f"the picture {missing} is not there")
+    keys = picture_keys({name for names in pictures for name in names})
+    damaged = sorted(name for name, key in keys.items() if key is None)
+    if damaged:
+        whole = [row for row, names in enumerate(pictures) if not any(keys[name] is None for name in names)]
+        print(f"{len(target) - len(whole)} votes left out, on {len(damaged)} pictures that cannot be read: "
+              + ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else ""))  # fmt: skip
+        pictures, raters, target = [pictures[row] for row in whole], [raters[row] for row in whole], target[whole]
     if len(target) < FEWEST:
         raise InputError(f"there are {len(target)} votes; with fewer than {FEWEST} nothing can be held out")
     if target.min() == target.max():
         raise InputError(f"all {len(target)} votes are the same: there is nothing to learn from them")
-    missing = next((name for names in pictures for name in names if not os.path.isfile(name)), None)
-    if missing:
-        raise InputError(f"the picture {missing} is not there")
-    names = sorted({name for pair in pictures for name in pair})
-    place = {name: i for i, name in enumerate(names)}
-    index = torch.tensor([[place[name] for name in pair] for pair in pictures]).squeeze(-1)
+    # A picture is its content: a copy under another name must not be held out while it is trained on.
+    names = list({keys[name]: name for name in sorted({name for pair in pictures for name in pair})}.values())
+    place = {keys[name]: i for i, name in enumerate(names)}
+    index = torch.tensor([[place[keys[name]] for name in pair] for pair in pictures]).squeeze(-1)
+    agreed = None
+    if kind == "choices":  # two raters may have seen a pair the other way round
+        pairs = index.tolist()
+        votes = [vote if pair == sorted(pair) else 1 - vote for pair, vote in zip(pairs, target.tolist())]
+        agreed = agreement([tuple(sorted(pair)) for pair in pairs], votes)
     target = torch.from_numpy(target)
     print(f"{len(target)} votes by {len(set(raters))} rater(s) on {len(names)} pictures"
           + (f", {int((target == 0.5).sum())} ties" if kind == "choices" else "")
@@ -142,10 +155,12 @@ def main():
         embeddings, index[train], scaled[train], stopping, args.epochs, args.patience, **options, progress="training"
     )
     values = head(embeddings[index[held_out]]).squeeze(-1)
+    if not values.isfinite().all():
+        raise InputError("the training diverged: a lower --learning_rate or --weight_decay may help")
     given = target[held_out].numpy()
     if kind == "choices":
         margin = (values[:, 0] - values[:, 1]).numpy()
-        evaluation = evaluate_choices(margin, given)
+        evaluation = evaluate_choices(margin, given, index[held_out].numpy())
     else:
         margin = (values * scale[1] + scale[0]).numpy()
         evaluation = evaluate_ratings(margin, given, index[held_out].numpy())
@@ -167,12 +182,17 @@ def main():
     with open(os.path.join(args.output, "evaluation.json"), "w") as f:
         json.dump(evaluation, f, indent=1)
     draw(os.path.join(args.output, "evaluation.png"), evaluation, kind, margin, given)
+    verdict = f"use it: accelerate launch train.py --config.reward=learned:{args.output}"
+    if evaluation["accuracy"] is None or not evaluation["accuracy_interval"][0] > 0.5:
+        low, high = evaluation["accuracy_interval"] or (0, 1)
+        verdict = f"not better than chance: the 95% interval of its held-out accuracy is {low:.1%} to {high:.1%}. "
+        verdict += "More votes, on other pictures, or another --encoder may help"
     print(
         f"trained on {len(train)} votes for {epochs} epochs, stopped by {len(validation)}"
         + (f"; {dropped} left out because they share pictures with those held out" if dropped else "")
         + f"\nheld-out ({len(held_out)} votes): "
         + "  ".join(f"{k} {v:.3f}" for k, v in evaluation.items() if isinstance(v, float))
-        + f"\nuse it: accelerate launch train.py --config.reward=learned:{args.output}"
+        + f"\n{verdict}"
     )
 
 

@@ -206,6 +206,33 @@ def test_a_damaged_picture_is_named_and_the_others_embeddings_kept(tmp_path, mon
     assert rm.cached_embeddings(CLIP, paths[:1], tmp_path / "cache").shape[0] == 1
 
 
+def test_a_reward_model_works_from_any_directory(tmp_path, monkeypatch):
+    """Its encoder was named from another one."""
+    monkeypatch.chdir(ROOT)
+    rm.save_reward_model(str(tmp_path / "model"), rm.make_head(64), "models/emoji/clip", 0, {})
+    monkeypatch.chdir(tmp_path)
+    for model in ("model", ROOT / "models/emoji-taste"):
+        values, _ = rewards.get_reward(f"learned:{model}")([Image.new("RGB", (64, 64))], [""], [{}])
+        assert np.isfinite(values).all()
+
+
+def test_intervals_hold_chance_as_often_as_they_say():
+    """Votes by coins, on predictions that know nothing of them: a lower end above 1/2 is a false claim."""
+    rng, false = np.random.default_rng(0), {"choices": 0, "ratings": 0}
+    for _ in range(400):
+        votes = rm.evaluate_choices(rng.normal(size=30), rng.integers(0, 2, 30).astype(float))
+        ratings = rm.evaluate_ratings(rng.normal(size=15), rng.normal(size=15))
+        for kind, result in (("choices", votes), ("ratings", ratings)):
+            low, high = result["accuracy_interval"]
+            assert low <= result["accuracy"] <= high
+            false[kind] += low > 0.5
+    assert max(false.values()) <= 20 and false["ratings"] > 0  # 10 are expected at most
+    sure = rm.evaluate_choices(np.ones(4), np.ones(4))
+    assert sure["accuracy"] == 1 and sure["accuracy_interval"][0] == pytest.approx(0.025**0.25)  # p^4 = 2.5%
+    again = rm.evaluate_choices(np.ones(8), np.ones(8), np.array([[0, 1], [1, 0]] * 4))  # one pair, eight times
+    assert again["accuracy_interval"][0] == pytest.approx(0.025)
+
+
 def test_a_folder_that_is_no_reward_model(tmp_path):
     (tmp_path / "head.safetensors").write_text("?" * 99)
     for text in ("[]", "{", '{"encoder": "models/emoji/clip"}', '{"encoder": "models/emoji/clip", "hidden": 0}'):
@@ -259,7 +286,7 @@ def test_the_command_line(judged, tmp_path, kind):
     assert result.returncode == 0, result.stderr
     evaluation = json.loads((tmp_path / "model/evaluation.json").read_text())
     assert evaluation["accuracy"] > 0.75 and evaluation["rank_correlation"] > 0.6
-    assert f"accuracy {evaluation['accuracy']:.3f}" in result.stdout
+    assert f"accuracy {evaluation['accuracy']:.3f}" in result.stdout and "use it: " in result.stdout
     assert Image.open(tmp_path / "model/evaluation.png").size[0] > 300
     if kind == "choices":
         assert "2 rater(s)" in result.stdout and "% agree" in result.stdout
@@ -268,6 +295,31 @@ def test_the_command_line(judged, tmp_path, kind):
     assert np.corrcoef(values, redness)[0, 1] > 0.9
     if kind == "ratings":  # in their own unit
         assert abs(values - (5 + 3 * redness)).mean() < 0.6
+
+
+def test_copies_of_pictures_are_not_held_out_and_coins_teach_nothing(tmp_path):
+    """Two copies of a folder, each rated by the same coin, and two pictures that are damaged."""
+    rng, lines = np.random.default_rng(0), ["image,score"]
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    for i in range(60):
+        picture, score = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)), rng.integers(1, 11)
+        picture.save(tmp_path / f"a/{i}.png")
+        picture.save(tmp_path / f"b/copy-{i}.png", compress_level=0)
+        lines += [f"a/{i}.png,{score}", f"b/copy-{i}.png,{score}"]
+    for i in (3, 7):
+        (tmp_path / f"a/{i}.png").write_bytes(b"damaged")
+    (tmp_path / "r.csv").write_text("\n".join(lines))
+    command = [sys.executable, "scripts/train_reward.py", "--ratings", tmp_path / "r.csv", "--encoder", CLIP]
+    result = run([*command, "--output", tmp_path / "model", "--cache", tmp_path / "cache", "--hidden", "64"])
+    assert result.returncode == 0, result.stderr
+    assert (
+        f"2 votes left out, on 2 pictures that cannot be read: {tmp_path}/a/3.png, {tmp_path}/a/7.png" in result.stdout
+    )
+    assert "on 60 pictures" in result.stdout  # of 118 files
+    assert "not better than chance: the 95% interval" in result.stdout and "use it:" not in result.stdout
+    low, high = json.loads((tmp_path / "model/evaluation.json").read_text())["accuracy_interval"]
+    assert low < 0.5 < high
 
 
 def test_mistakes_end_with_one_line(judged, tmp_path):

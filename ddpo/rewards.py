@@ -166,6 +166,30 @@ MODEL_REWARDS = {
 }
 
 
+def read_terms(expression):
+    """(weight, term, name, model) of each term of a reward's expression. Raises InputError for a weight that is no
+    finite number."""
+    terms = []
+    for text in re.split(r"\+|\s(?=-\s)", expression):
+        sign, weight, term = re.fullmatch(r"\s*(-\s)?\s*(?:([^*:]*)\*)?(.*)", text, re.DOTALL).groups()
+        name, _, model = term.strip().partition(":")
+        try:
+            number = float(weight or 1) * (-1 if sign else 1)
+            if not np.isfinite(number):
+                raise ValueError
+        except ValueError as error:
+            raise InputError(f"reward {expression!r}: the weight {weight.strip()!r} is not a number") from error
+        terms.append((number, term.strip(), name, os.path.expanduser(model)))
+    return terms
+
+
+def reward_models(expression):
+    """The models, by folder, file or hub name, that an expression names, and those under its learned rewards."""
+    models = [(name, model) for _, _, name, model in read_terms(expression) if model and "://" not in model]
+    encoders = [reward_model.encoder_of(model) for name, model in models if name == "learned"]
+    return list(dict.fromkeys([*(model for _, model in models), *encoders]))
+
+
 def get_reward(expression, device="cpu", options=None, prompt_set=()):
     """The reward function of an expression: NAME, NAME:MODEL, or a weighted sum of them, "pickscore +
     0.1*jpeg_compressibility". Every model is loaded here, once, so what is missing is known before any sampling.
@@ -183,25 +207,18 @@ def get_reward(expression, device="cpu", options=None, prompt_set=()):
     """
     options = get_config().reward_options if options is None else options
     terms = []
-    for text in re.split(r"\+|\s(?=-\s)", expression):
-        sign, weight, term = re.fullmatch(r"\s*(-\s)?\s*(?:([^*:]*)\*)?(.*)", text).groups()
-        name, _, model = term.strip().partition(":")
-        model = os.path.expanduser(model)
-        try:
-            weight = float(weight or 1) * (-1 if sign else 1)
-        except ValueError as error:
-            raise InputError(f"reward {expression!r}: the weight {weight.strip()!r} is not a number") from error
+    for weight, term, name, model in read_terms(expression):
         reward = choose("reward", name, {**REWARDS, **MODEL_REWARDS})
         if model and name in REWARDS:
-            raise InputError(f"reward {name} takes no model: {term.strip()!r}")
+            raise InputError(f"reward {name} takes no model: {term!r}")
         try:
             if name in MODEL_REWARDS:
                 reward = reward(model, device, options)
             if prompt_set and hasattr(reward, "check"):
                 reward.check(prompt_set)
         except InputError as error:
-            raise InputError(f"reward {term.strip()}: {error}") from error
-        terms.append((weight, term.strip(), reward))
+            raise InputError(f"reward {term}: {error}") from error
+        terms.append((weight, term, reward))
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][2]
 

@@ -11,6 +11,7 @@ public unless --private.
 import argparse
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from PIL import Image
 from ddpo.checkpoint import epoch_of, list_checkpoints
 from ddpo.errors import InputError, run_script
 from ddpo.options import flatten
+from ddpo.rewards import read_terms
 from scripts.results import read_metrics
 
 matplotlib.use("Agg")
@@ -31,6 +33,32 @@ LOAD = {
     "unet": 'unet = UNet2DConditionModel.from_pretrained("{repo}", subfolder="unet")\n'
     'pipe = DiffusionPipeline.from_pretrained("{base}", unet=unet)',
 }
+
+
+def public_name(name):
+    """A model's or prompt file's name without what is of this machine: a hub name as it is, of a path the last part,
+    of an address nothing."""
+    if "://" in name:
+        return "a-server"
+    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not os.path.exists(name)
+    return name if on_hub else os.path.basename(os.path.normpath(name)) if name else ""
+
+
+def public_options(options, prefix=""):
+    """A run's options without paths of this machine and addresses."""
+    made = {}
+    for key, value in options.items():
+        if isinstance(value, dict):
+            value = public_options(value, f"{prefix}{key}.")
+        elif prefix + key in ("reward", "evaluate.rewards"):
+            for expression in value.split(","):
+                for _, _, name, model in read_terms(expression):
+                    shown = os.path.basename(os.path.normpath(model)) if name == "learned" else public_name(model)
+                    value = value.replace(f":{model}", f":{shown}") if model else value
+        elif isinstance(value, str) and ("/" in value or os.sep in value):
+            value = public_name(value)
+        made[key] = value
+    return made
 
 
 def base_licence(model):
@@ -64,13 +92,18 @@ def write_card(run, config, kind, repo, checkpoint, licence, folder):
         sheet.paste(after, (before.width + 24, 0))
         sheet.save(folder / "before_after.png")
     sample, base, first, last = config["sample"], config["model"], metrics[y][0], metrics[y][-1]
+    on_hub = "/" in base
     header = {
         "library_name": "diffusers", "pipeline_tag": "text-to-image", "license": licence or "other",
         "tags": [*(["ddpo", "reinforcement-learning"] if sampled else ["diffusion-dpo"]), "stable-diffusion",
                  *(["lora"] if kind == "lora" else [])],
     }  # fmt: skip
-    if not os.path.isdir(base):  # a folder's name means nothing on the hub
+    if on_hub:  # a folder's name means nothing there
         header["base_model"] = base
+    missing = "" if on_hub else (
+        f"\nThe base model, {base}, is a folder that is not on the hub: without a copy of it, to be named instead of "
+        f"PATH/TO/{base}, the code does not run.\n"
+    )  # fmt: skip
     sampling = "num_inference_steps={num_steps}, guidance_scale={guidance_scale}, eta={eta}".format(**sample)
     method = f"LoRA of rank {config['lora_rank']}" if kind == "lora" else "full finetuning of the UNet"
     options = "\n".join(f"| `{key}` | `{value}` |" for key, value in sorted(flatten(config).items()))
@@ -95,11 +128,11 @@ def write_card(run, config, kind, repo, checkpoint, licence, folder):
 {"![the same prompts and noise before and after](before_after.png)" if len(grids) > 1 else ""}
 
 ## Use
-
+{missing}
 ```python
 from diffusers import DDIMScheduler, DiffusionPipeline{", UNet2DConditionModel" if kind == "unet" else ""}
 
-{LOAD[kind].format(base=base, repo=repo)}
+{LOAD[kind].format(base=base if on_hub else f"PATH/TO/{base}", repo=repo)}
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # sampled as in training
 image = pipe("a cat", {sampling}).images[0]
 ```
@@ -117,8 +150,9 @@ image = pipe("a cat", {sampling}).images[0]
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def prepare(run, repo, checkpoint, licence, folder):
-    """Fills `folder` with what is uploaded: the card, its pictures, config.json of the run, the weights."""
+def prepare(run, repo, checkpoint, licence, folder, base_model=""):
+    """Fills `folder` with what is uploaded: the card, its pictures, config.json of the run, the weights. base_model:
+    the hub name of the base model, if the run had it from a folder."""
     try:
         config = json.loads(Path(run, "config.json").read_text())
         del config["run_dir"], config["resume"]  # folders of this machine
@@ -137,8 +171,14 @@ def prepare(run, repo, checkpoint, licence, folder):
     folder.mkdir(parents=True)
     # A LoRA lies at the top, where load_lora_weights looks; a UNet in unet/, as in every pipeline.
     shutil.copytree(Path(folders[checkpoint], kind), folder / ("" if kind == "lora" else kind), dirs_exist_ok=True)
+    for path in folder.rglob("*.json"):  # diffusers notes from which folder a model was loaded
+        content = json.loads(path.read_text())
+        content.pop("_name_or_path", None)
+        path.write_text(json.dumps(content, indent=2))
+    licence = licence or base_licence(base_model or config["model"])
+    config = public_options(config) | ({"model": base_model} if base_model else {})
     (folder / "ddpo_config.json").write_text(json.dumps(config, indent=2))
-    write_card(run, config, kind, repo, checkpoint, licence or base_licence(config["model"]), folder)
+    write_card(run, config, kind, repo, checkpoint, licence, folder)
 
 
 def main():
@@ -147,16 +187,18 @@ def main():
     parser.add_argument("--repo", required=True, help="USER/NAME on the hub")
     parser.add_argument("--checkpoint", default="", help="a name in RUN/checkpoints; default: the newest")
     parser.add_argument("--licence", "--license", default="", help="default: what the base model states")
+    parser.add_argument("--base_model", default="", help="its hub name, if the run had the base model from a folder")
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--dry-run", action="store_true", help="write RUN/publish/ and upload nothing")
     args = parser.parse_args()
-    if args.repo.count("/") != 1 or not all(args.repo.split("/")):
-        raise InputError(f"--repo {args.repo!r} must be USER/NAME")
+    for option, name in (("--repo", args.repo), ("--base_model", args.base_model or args.repo)):
+        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+            raise InputError(f"{option} {name!r} must be USER/NAME")
     token = get_token()
     if not (token or args.dry_run):
         raise InputError("no token: set HF_TOKEN, or run `hf auth login`; --dry-run needs none")
     folder = Path(args.run, "publish")
-    prepare(args.run, args.repo, args.checkpoint, args.licence, folder)
+    prepare(args.run, args.repo, args.checkpoint, args.licence, folder, args.base_model)
     if args.dry_run:
         return print(f"{folder} is what would be uploaded to {args.repo}")
     api = HfApi(token=token)

@@ -82,10 +82,17 @@ def hub(http_server):
     return server
 
 
+PRIVATE = {  # nobody's business
+    "reward": "pickscore + 0.1*alignment:http://jane:pass@10.0.0.5:8000/v1?key=secret + learned:/home/jane/my reward",
+    "prompts": "/home/jane/animals.txt", "evaluate.rewards": "clipscore:/home/jane/clip, counting:https://10.0.0.5/v1",
+    "reward_options.vlm_name": "/srv/models/llava",
+}  # fmt: skip
+
+
 def make_run(model, folder, lora_rank):
     """What train.py leaves behind, with weights that differ from the base's."""
     config = get_config()
-    config.update_from_flattened_dict({"model": model, "lora_rank": lora_rank, "reward": "pickscore + 0.1*hpsv2"})
+    config.update_from_flattened_dict({"model": model, "lora_rank": lora_rank, **PRIVATE})
     config.run_dir = str(folder)
     policy = load_policy(model, lora_rank, "fp32", "cpu")
     with torch.no_grad():
@@ -123,16 +130,20 @@ def test_what_is_uploaded_is_the_run(tiny, tmp_path, hub, lora_rank):
         (folder / name).write_bytes(data)
     card = ModelCard.load(folder / "README.md")
     assert card.data.license == "openrail" and card.data.library_name == "diffusers" and "ddpo" in card.data.tags
-    for words in ("from 1.25", "to 7.5", "pickscore + 0.1*hpsv2", "`train.clip_range` | `0.0001`", 'me/model"'):
+    reward = "pickscore + 0.1*alignment:a-server + learned:my reward"
+    for words in ("from 1.25", "to 7.5", reward, "animals.txt", "`train.clip_range` | `0.0001`", 'me/model"'):
         assert words in card.text, words
-    assert str(tmp_path / "run") not in card.content + (folder / "ddpo_config.json").read_text()  # nobody's business
+    for word in ("jane", "10.0.0.5", "secret", "pass@", "/srv", str(tmp_path), os.path.dirname(tiny)):
+        assert not [name for name, data in hub.files.items() if word.encode() in data], word
     assert Image.open(folder / "curve.png").size[0] > 300
     grid = Image.open(folder / "before_after.png")
     assert grid.getpixel((5, 5)) == (255, 0, 0) and grid.getpixel((grid.width - 5, 5)) == (0, 0, 255)
-    assert json.loads((folder / "ddpo_config.json").read_text())["model"] == tiny
+    assert json.loads((folder / "ddpo_config.json").read_text())["model"] == "epsilon"
+    assert "The base model, epsilon, is a folder that is not on the hub" in card.text and not card.data.base_model
     # It loads and draws as the card says.
     code = card.text.split("```python\n")[1].split("```")[0]
     said = {}
+    code = code.replace("PATH/TO/epsilon", tiny)
     exec(code.replace("me/model", str(folder)).replace("num_inference_steps=50", "num_inference_steps=2"), said)
     assert said["image"].size == (32, 32) and said["pipe"].scheduler.__class__.__name__ == "DDIMScheduler"
     if lora_rank:
@@ -155,6 +166,10 @@ def test_dry_run_and_mistakes(tiny, tmp_path, hub, monkeypatch):
     card = (tmp_path / "run/publish/README.md").read_text()  # says nothing of the epoch after it
     assert "from 1.25 in the first epoch to 1.25 in epoch 1\n(8 reward queries)" in card and "epoch_0001" in card
     assert not (tmp_path / "run/publish/before_after.png").exists()
+    scripts.publish.prepare(str(tmp_path / "run"), "me/model", "", "mit", tmp_path / "run/publish", "them/base")
+    card = ModelCard.load(tmp_path / "run/publish/README.md")
+    assert card.data.base_model == "them/base" and 'from_pretrained("them/base")' in card.text
+    assert "PATH/TO" not in card.text and "them/base" in (tmp_path / "run/publish/ddpo_config.json").read_text()
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(InputError, match="no token"):
         scripts.publish.main()

@@ -112,7 +112,11 @@ def truncate_metrics(run_dir, epoch):
         path = os.path.join(run_dir, f"{name}.jsonl")
         if os.path.exists(path):
             with open(path) as f:
-                kept = [line for line in f if line.endswith("\n") and json.loads(line)["epoch"] < first_dropped]
+                lines = [line for line in f if line.endswith("\n")]
+            try:
+                kept = [line for line in lines if json.loads(line)["epoch"] < first_dropped]
+            except (ValueError, LookupError, TypeError) as error:
+                raise InputError(f"{path} has a line that is not an epoch's metrics: remove it, then resume") from error
             with open(path + ".tmp", "w") as f:
                 f.writelines(kept)
             os.replace(path + ".tmp", path)

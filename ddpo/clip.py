@@ -29,6 +29,16 @@ def not_found(name, error):
     )
 
 
+def complete(loaded):
+    """The model of what `from_pretrained(..., output_loading_info=True)` returned. Raises ValueError if its files lack
+    weights, which would else be random numbers."""
+    model, info = loaded
+    missing = sorted(key for key in info["missing_keys"] if ".pooler." not in f".{key}")  # nothing here reads a pooler
+    if missing:
+        raise ValueError(f"its files lack {len(missing)} weights, {missing[0]} the first of them")
+    return model
+
+
 def load_clip(name, device="cpu", precision="fp32", processor=""):
     """A CLIPModel, frozen, and its processor; loaded once for all that use the same.
 
@@ -46,7 +56,7 @@ def load_clip(name, device="cpu", precision="fp32", processor=""):
 @functools.lru_cache(maxsize=4)
 def _load_clip(name, device, dtype, processor):
     try:
-        model = CLIPModel.from_pretrained(name, dtype=dtype)
+        model = complete(CLIPModel.from_pretrained(name, dtype=dtype, output_loading_info=True))
         processor = CLIPProcessor.from_pretrained(processor)
     except Exception as error:  # missing files, foreign formats: every loader has its own error
         raise not_found(name, error) from error

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from transformers import AutoModelForImageClassification
 
 from ddpo import prompts, rewards
-from ddpo.clip import embed_images, load_clip, not_found
+from ddpo.clip import complete, embed_images, load_clip, not_found
 from ddpo.errors import InputError
 from ddpo.images import image_grid
 from ddpo.pipeline_logprob import draw_noise, sample_with_logprob
@@ -47,7 +47,9 @@ def load_classifier(folder):
     """An image classifier that takes pictures as they are, scaled to -1..1: models/emoji/classifier, or one made like
     it. Raises InputError if there is none."""
     try:
-        return AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+        return complete(
+            AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        ).eval()
     except (OSError, ValueError) as error:
         raise not_found(folder, error) from error
 

@@ -1,12 +1,16 @@
 """A run's options: presets, which values can work, and which of them a resumed run may change."""
 
+import hashlib
 import json
 import math
 import os
 import runpy
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
 
 from config.base import get_config
-from ddpo.errors import InputError, choose
+from ddpo.errors import InputError, choose, one_line
 from ddpo.losses import ALGORITHMS
 
 # What may differ in a resumed run without changing what is computed (memory knobs: beyond rounding).
@@ -16,12 +20,16 @@ NO_EFFECT = (
     "train.gradient_checkpointing", "reward_options.batch_size", "reward_options.timeout", "reward_options.concurrency",
     *(f"evaluate.{key}" for key in ("every", "rewards", "prompts", "limit", "count", "clip", "classifier")),
 )  # fmt: skip
+LONGEST = 1e6  # seconds that a timeout may be: clocks overflow at a few hundred years
 
 
 def load_preset(preset):
     """The config of FILE[:VARIANT], as --config takes it."""
     path, _, variant = preset.partition(":")
-    return runpy.run_path(path)["get_config"](*filter(None, [variant]))
+    try:
+        return runpy.run_path(path)["get_config"](*filter(None, [variant]))
+    except Exception as error:  # the file's, or the preset's own
+        raise InputError(f"no preset can be had from {preset!r}: {one_line(error)}") from error
 
 
 def expand_home(config):
@@ -55,6 +63,43 @@ def record_options(run_dir, config):
                 print(f"{run_dir}: {key} was {old.get(key)!r}, now {new.get(key)!r} (changes {matters})", flush=True)
     with open(path + ".tmp", "w") as f:
         json.dump(config.to_dict(), f, indent=2)
+    os.replace(path + ".tmp", path)
+
+
+def content_hash(name):
+    """A hash of a model's files, by folder or file; the revision, if it is a hub name; "" if neither is to be had."""
+    if not os.path.exists(name):
+        found = "/" in name and name.count("/") == 1 and [
+            try_to_load_from_cache(name, file) for file in ("model_index.json", "config.json")
+        ]  # fmt: skip
+        return next((Path(path).parent.name for path in found or () if isinstance(path, str)), "")
+    endings = (".safetensors", ".bin", ".pt", ".pth", ".json", ".txt")
+    files = sorted(path for path in Path(name).rglob("*") if path.suffix in endings and path.is_file())
+    digest = hashlib.sha256()
+    for path in files if os.path.isdir(name) else [Path(name)]:
+        with open(path, "rb") as f:
+            digest.update(f"{path.relative_to(name)}\0".encode() + hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def record_inputs(run_dir, prompt_set, model, reward_models):
+    """Writes RUN/inputs.json: hashes of what a run reads beside its options. On a resume, says first which of them are
+    others than before. prompt_set: (prompt, metadata) pairs; model, reward_models: folders, files or hub names."""
+    text = json.dumps(prompt_set, sort_keys=True, default=str)
+    new = {
+        "the prompts": hashlib.sha256(text.encode()).hexdigest()[:16],
+        f"the base model {model}": content_hash(model),
+    }
+    new |= {f"the reward model {name}": content_hash(name) for name in reward_models}
+    path = os.path.join(run_dir, "inputs.json")
+    if os.path.exists(path):
+        with open(path) as f:
+            old = json.load(f)
+        for what in (key for key in new if old.get(key, new[key]) != new[key]):
+            print(f"{run_dir}: {what} changed since the run began (changes the result: the run is no longer one of "
+                  "either)", flush=True)  # fmt: skip
+    with open(path + ".tmp", "w") as f:
+        json.dump(new, f, indent=2)
     os.replace(path + ".tmp", path)
 
 
@@ -128,10 +173,14 @@ def check(config, processes=1):
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= train[name] < 1:
             raise InputError(f"train.{name} = {train[name]} must be at least 0 and less than 1")
-    if not config.reward_options.timeout > 0:
-        raise InputError(f"reward_options.timeout = {config.reward_options.timeout} must be greater than 0")
-    if not config.reward_timeout >= 0:
-        raise InputError(f"reward_timeout = {config.reward_timeout} must be at least 0 (0: no limit)")
+    if not 0 < config.reward_options.timeout <= LONGEST:
+        raise InputError(
+            f"reward_options.timeout = {config.reward_options.timeout} must be greater than 0, at most {LONGEST:g}"
+        )
+    if not 0 <= config.reward_timeout <= LONGEST:
+        raise InputError(
+            f"reward_timeout = {config.reward_timeout} must be at least 0 (0: no limit), at most {LONGEST:g}"
+        )
     if not 0 <= sample.eta <= 1 or (sample.eta == 0 and algorithm.process == "reverse"):
         raise InputError(
             f"sample.eta = {sample.eta}: {config.algorithm} needs 0 < eta <= 1, since a deterministic step has no "

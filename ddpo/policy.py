@@ -13,6 +13,7 @@ import copy
 import os
 from functools import partial
 
+import diffusers
 import torch
 import transformers
 from diffusers import (
@@ -25,6 +26,7 @@ from diffusers import (
 from diffusers.training_utils import EMAModel
 from diffusers.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ddpo.ddim_logprob import ddim_step_mean_std
@@ -314,13 +316,14 @@ def load_pipeline(model):
     if not os.path.isdir(model) and (model.startswith((".", "/", "~")) or model.count("/") != 1):
         raise InputError(f"model {model!r}: there is no such folder, and it is not a name on the hub (OWNER/NAME)")
     try:
-        if DiffusionPipeline.load_config(model).get("_class_name", "").startswith("StableDiffusionXL"):
-            pipe = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float32, add_watermarker=False)
+        index = DiffusionPipeline.load_config(model)
+        options = load_networks(model, index) | {"dtype": torch.float32}
+        if index.get("_class_name", "").startswith("StableDiffusionXL"):
+            pipe = StableDiffusionXLPipeline.from_pretrained(model, add_watermarker=False, **options)
         else:
-            pipe = StableDiffusionPipeline.from_pretrained(
-                model, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
-            )
-    except (OSError, ValueError) as error:
+            options |= {"safety_checker": None, "requires_safety_checker": False}
+            pipe = StableDiffusionPipeline.from_pretrained(model, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         where = "is not a StableDiffusionPipeline folder" if os.path.isdir(model) else (
             "is not a folder here and could not be had from the hub")  # fmt: skip
         raise InputError(f"model {model!r} {where}: {str(error).strip().splitlines()[0]}") from error
@@ -332,6 +335,29 @@ def load_pipeline(model):
     pipe.scheduler = DDIMScheduler.from_config(config, **{k: config.get(k, v) for k, v in said.items()})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def load_networks(model, index):
+    """{name: network} of a pipeline, in float32. index: its model_index.json. Loaded one by one, since a pipeline fills
+    weights that its files lack with random numbers: raises ValueError if there are any."""
+    networks = {}
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        library, kind = index.get(name) or (None, None)
+        if kind is None or library not in ("diffusers", "transformers"):
+            continue
+        kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
+        networks[name] = load_network(kind, model, subfolder=name)
+    return networks
+
+
+def load_network(kind, folder, **options):
+    """kind.from_pretrained(folder), in float32. Raises ValueError if its files lack weights."""
+    network, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        part = options.get("subfolder", "its folder")
+        raise ValueError(f"{part} lacks {len(missing)} weights, {missing[0]} the first of them")
+    return network
 
 
 def save_weights(policy, folder):
@@ -362,4 +388,4 @@ def load_weights(policy, folder):
             set_peft_model_state_dict(policy.unet, state)
     else:
         with policy.masters.in_network():
-            policy.unet.load_state_dict(UNet2DConditionModel.from_pretrained(path).state_dict())
+            policy.unet.load_state_dict(load_network(UNet2DConditionModel, path).state_dict())

@@ -10,7 +10,7 @@ import functools
 import json
 from pathlib import Path
 
-from ddpo.errors import InputError, choose
+from ddpo.errors import InputError, choose, shorten
 from ddpo.seeds import numpy_generator
 
 ASSETS = Path(__file__).parent / "assets"
@@ -120,7 +120,7 @@ def check_length(prompts, tokenizer):
     if too_long:
         prompt, length = too_long[0]
         raise InputError(
-            f"the prompt {prompt!r} has {length} tokens and the text encoder takes {limit}; shorten it "
+            f"the prompt {shorten(prompt)} has {length} tokens and the text encoder takes {limit}; shorten it "
             f"({len(too_long)} of {len(lengths)} prompts are too long)"
         )
 

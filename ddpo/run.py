@@ -16,7 +16,8 @@ from ddpo.evaluation import draw_grid
 from ddpo.hardware import peak_memory_gb, use_cpu
 from ddpo.interrupt import Interrupt
 from ddpo.likelihood import batches_differ
-from ddpo.options import check, record_options
+from ddpo.options import check, record_inputs, record_options
+from ddpo.rewards import reward_models
 from ddpo.tracking import Stopwatch, log_metrics, start_tracker
 
 RATIO_WARNING = (
@@ -77,6 +78,7 @@ class Run:
                 raise InputError(f"run_dir {self.folder!r} cannot be made: {error}") from error
             lock_run(self.folder)
             record_options(self.folder, config)
+            record_inputs(self.folder, prompt_set, config.model, reward_models(config.reward))
             truncate_metrics(self.folder, self.done)
         start_tracker(self.accelerator, self.folder, config)
         self.interrupt = Interrupt()

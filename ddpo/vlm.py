@@ -19,6 +19,7 @@ import json
 import os
 import re
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import httpx2
 import numpy as np
@@ -27,7 +28,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from ddpo.clip import DTYPES, not_found
+from ddpo.clip import DTYPES, complete, not_found
 from ddpo.errors import InputError, choose, shorten
 from ddpo.prompts import english
 
@@ -74,6 +75,12 @@ def load_vlm(model, device="cpu", precision="fp32", batch_size=32, vlm_name="", 
     """
     if model.startswith(("http://", "https://")):
         address = model.rstrip("/")
+        try:
+            parts = urlsplit(address)
+            if not parts.hostname or " " in address or parts.port == 0:
+                raise ValueError("it names no host, or port 0, or has a blank")
+        except ValueError as error:
+            raise InputError(f"{address!r} is not an address like http://127.0.0.1:8000/v1: {error}") from error
         listed = asyncio.run(list_models(address, timeout))
         if not (vlm_name or listed):
             raise InputError(
@@ -86,7 +93,10 @@ def load_vlm(model, device="cpu", precision="fp32", batch_size=32, vlm_name="", 
         )
     dtype = choose("reward_options.precision", precision, DTYPES)
     try:
-        network = AutoModelForImageTextToText.from_pretrained(model or DEFAULT_MODEL, dtype=dtype).to(device).eval()
+        network = complete(
+            AutoModelForImageTextToText.from_pretrained(model or DEFAULT_MODEL, dtype=dtype, output_loading_info=True)
+        )
+        network.to(device).eval()
         processor = AutoProcessor.from_pretrained(model or DEFAULT_MODEL)
     except Exception as error:  # missing files, foreign formats: every loader has its own error
         raise not_found(model or DEFAULT_MODEL, error) from error
@@ -228,7 +238,8 @@ def load_alignment(model, device, options):
     """The paper's alignment: BERTScore recall of "The image contains {prompt}" in the model's description."""
     ask, name = load_asked(model, device, options), options.bertscore_model
     try:
-        network, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        network = complete(AutoModel.from_pretrained(name, output_loading_info=True))
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise not_found(name, error) from error
     if not 0 < options.bertscore_layer <= network.config.num_hidden_layers:
@@ -276,7 +287,7 @@ def load_counting(model, device, options):
     def check(prompt_set):
         for prompt, entry in prompt_set:
             if not entry.get("questions"):
-                raise InputError(f"it needs prompts with questions, like the set counting; not {prompt!r}")
+                raise InputError(f"it needs prompts with questions, like the set counting; not {shorten(prompt)}")
 
     def counting(images, prompts, metadata):
         """Share of metadata["questions"] whose answer says what metadata["answers"] says."""

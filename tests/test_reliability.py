@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, SMALL, command_line, launch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_processes import distance
 from test_train import metrics, weights
 
@@ -214,6 +215,23 @@ def test_resuming_says_what_differs_and_whether_it_matters(tiny, tmp_path):
     assert group["weight_decay"] == 0.3 and group["betas"] == (0.9, 0.999)
     result = launch(resume=run, direct=True, check=False)
     assert "has done 2 epochs: to go on, --config.num_epochs=4" in result.stderr
+
+
+def test_resuming_says_what_changed_under_a_run(tiny, tmp_path):
+    """The text of its prompts, the base model's weights and the reward's: nothing of which its options tell."""
+    model, clip, prompts, run = tmp_path / "model", tmp_path / "clip", tmp_path / "prompts.txt", tmp_path / "run"
+    shutil.copytree(tiny, model)
+    shutil.copytree(ROOT / "models/emoji/clip", clip)
+    prompts.write_text("a cat\na dog\n")
+    options = {"model": model, "reward": f"clipscore:{clip}", "prompts": prompts, "save_every": 1, "direct": True}
+    launch(run_dir=run, num_epochs=1, **options)
+    assert "changed since" not in launch(resume=run, num_epochs=2, **options).stdout
+    prompts.write_text("a cat\na horse\n")
+    for path in (model / "unet/diffusion_pytorch_model.safetensors", clip / "model.safetensors"):
+        save_file({key: value * 1.001 for key, value in load_file(path).items()}, path, {"format": "pt"})
+    said = launch(resume=run, num_epochs=3, **options).stdout
+    for what in ("the prompts", f"the base model {model}", f"the reward model {clip}"):
+        assert f"{run}: {what} changed since the run began" in said
 
 
 # ----------------------------------------------------------------------------------------------- failing parts around

@@ -11,10 +11,10 @@ import time
 
 import torch
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from config.base import get_config as base_config
-from ddpo.errors import InputError, nearest
+from ddpo.errors import InputError, nearest, one_line
 from ddpo.hardware import out_of_memory
 from ddpo.interrupt import die_with_launcher
 from ddpo.options import expand_home, flatten
@@ -68,8 +68,8 @@ def _check_launcher(precision):
     several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= env.keys()
     if several and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & env.keys():
         raise InputError(
-            "accelerate launch starts only one process without a GPU, whatever --num_processes says: use torchrun "
-            "--nproc_per_node N train.py ..."
+            "accelerate launch starts only one process without a GPU, whatever --num_processes or its "
+            "default_config.yaml say: use torchrun --nproc_per_node N train.py ..., or --num_processes 1"
         )
     processes, gpus = int(env.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if processes > gpus > 0 and env.get("ACCELERATE_USE_CPU", "").lower() != "true":
@@ -77,8 +77,9 @@ def _check_launcher(precision):
     mixed = env.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed not in ("no", precision):
         raise InputError(
-            f"accelerate launch's mixed precision ({mixed}) does nothing here: leave it out, and choose with "
-            f"--config.precision={mixed if mixed in PRECISIONS else 'bf16'}"
+            f"accelerate launch's mixed precision ({mixed}) does nothing here: choose with --config.precision="
+            f"{mixed if mixed in PRECISIONS else 'bf16'}, and launch with --mixed_precision no if accelerate's "
+            "default_config.yaml asks for it"
         )
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if env.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
@@ -88,6 +89,16 @@ def _check_launcher(precision):
             )
     if env.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
         raise InputError("accelerate launch's dynamo backend does nothing here: leave it out, or --config.compile=True")
+
+
+def _check_preset(preset, config):
+    """Raises InputError unless a preset's config has the options of config/base.py, and no others."""
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"the preset {preset} returns {type(config).__name__}: it must change config/base.py's config")
+    known, own = flatten(base_config()), flatten(config)
+    for key in sorted(known.keys() ^ own.keys()):
+        what = "sets an unknown option" if key in own else "has no option"
+        raise InputError(f"the preset {preset} {what} {key}: it must change config/base.py's config")
 
 
 def _given(argv):
@@ -117,19 +128,20 @@ def _parse(argv):
         end = where + 1 + ("=" not in argv[where])
         first, rest = argv[where:end], argv[1:where] + argv[end:]
     sys.argv = argv = [argv[0], *first, *rest]  # ml_collections reads the former
+    preset = first[-1].removeprefix("--config=")
     try:
         rest = flags.FLAGS(argv)
-        CONFIG.value.to_dict()  # a config that did not load fails only here
+        _check_preset(preset, CONFIG.value)  # a config that did not load fails only here
     except (AttributeError, KeyError) as error:  # what ml_collections raises for a key that does not exist
         known = flatten(base_config())
         unknown = next((key for key in _given(argv) if key not in known), None)
         if unknown is None:
             misspelled = re.search(r'Key "(\w+)" does not exist', str(error))
             if misspelled is None:
-                raise
+                raise InputError(f"the preset {preset} cannot be used: {one_line(error)}") from error
             keys = {key.split(".")[-1] for key in known}
             raise InputError(
-                f"{first[-1].removeprefix('--config=')} sets an unknown option {misspelled[1]}."
+                f"{preset} sets an unknown option {misspelled[1]}."
                 f"{nearest(misspelled[1], keys)} All of them are in config/base.py"
             ) from error
         if "guidance" in unknown or "cfg" in unknown:
@@ -146,6 +158,10 @@ def _parse(argv):
         raise InputError(str(error).strip().splitlines()[-1].split("ValueError: ")[-1]) from error
     except OSError as error:
         raise InputError(f"--config does not name a file: {' '.join(str(error).split())}") from error
+    except InputError:
+        raise
+    except Exception as error:  # the preset's own
+        raise InputError(f"the preset {preset} cannot be used: {one_line(error)}") from error
     if len(rest) > 1:
         raise InputError(f"{rest[1]!r} is not an option: they look like --config.seed=1")
     return rest

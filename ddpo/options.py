@@ -190,7 +190,7 @@ def check(config, processes=1):
         )
     if not 1 <= sample.guidance_scale < math.inf:
         raise InputError(f"sample.guidance_scale = {sample.guidance_scale} must be at least 1 (no guidance) and finite")
-    if not round(train.timestep_fraction * sample.num_steps) or train.timestep_fraction > 1:
+    if train.timestep_fraction > 1 or not round(train.timestep_fraction * sample.num_steps):
         raise InputError(
             f"train.timestep_fraction = {train.timestep_fraction} of sample.num_steps = {sample.num_steps} must leave "
             f"1 to {sample.num_steps} steps: use {1 / sample.num_steps:.3g} to 1"

@@ -15,13 +15,12 @@ frontier along s, animals named against the run's reward, to RUN/images/frontier
 
 import argparse
 import json
-import os
 
 import matplotlib
 
 from ddpo import prompts, rewards
 from ddpo.clip import load_clip
-from ddpo.errors import InputError, at_least, finite, run_script
+from ddpo.errors import InputError, at_least, check_output, finite, run_script, seed
 from ddpo.evaluation import choose_prompts, evaluate, load_classifier, split_prompts
 from ddpo.images import image_grid
 from scripts.sample import at_scales, open_run
@@ -55,7 +54,7 @@ def main():
     parser.add_argument("--limit", type=at_least(1), default=45, help="how many prompts of either kind at most")
     parser.add_argument("--count", type=at_least(1), default=4, help="pictures per prompt, at least 2")
     parser.add_argument("--rewards", nargs="*", default=[], help="beside the run's own")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise; runs use 0 for their own")
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise; runs use 0 for their own")
     parser.add_argument("--guidance_scale", type=at_least(0, float), default=0, help="default: the run's")
     scale = "measure base + s (finetuned - base) for each of these; default: 0 and 1, base and finetuned"
     parser.add_argument("--rl_scale", type=finite, nargs="+", default=[0.0, 1.0], metavar="s", help=scale)
@@ -67,6 +66,9 @@ def main():
         raise InputError(f"--count {args.count}: diversity takes at least 2 pictures of each prompt")
 
     config, policy, folder = open_run(args.run, args.checkpoint)
+    output, pictures_at = args.output or f"{args.run}/evaluation.json", f"{args.run}/images/evaluation.png"
+    check_output(output)
+    check_output(pictures_at)
     seen_set, held_out_set = args.prompts or config.prompts, args.held_out
     share = config.get("held_out", 0.0) if seen_set == config.prompts else 0.0
     seen, held_out = split_prompts(prompts.get_prompts(seen_set), share)
@@ -102,12 +104,12 @@ def main():
     shown = [(f"{name}: {section}", row) for section, named in sorted(rows.items()) for name, row in named.items()]
     labels = [text for label, _ in shown for text in [label] + [""] * (columns - 1)]
     grid = image_grid([picture for _, row in shown for picture in row], labels, columns)
-    grid.save(os.path.join(args.run, "images", "evaluation.png"))
+    grid.save(pictures_at)
     named = {kind: m for kind, m in sections.items() if all("classifier_accuracy" in v for v in m.values())}
     if len(scales) > 2 and named:
-        draw_frontier(os.path.join(args.run, "images", "frontier.png"), named, scales)
+        draw_frontier(f"{args.run}/images/frontier.png", named, scales)
     print(json.dumps(result, indent=1))
-    with open(args.output or os.path.join(args.run, "evaluation.json"), "w") as f:
+    with open(output, "w") as f:
         json.dump(result, f, indent=1)
 
 

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from config.base import get_config
-from ddpo.errors import InputError, at_least, run_script
+from ddpo.errors import InputError, at_least, check_output, run_script
 from ddpo.hardware import peak_memory_gb
 from ddpo.likelihood import Rollout
 from ddpo.losses import ALGORITHMS
@@ -204,6 +204,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too; minutes")
     parser.add_argument("--output", default="gpu_check.json")
     args = parser.parse_args()
+    check_output(args.output)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.size.startswith("tiny"):
         raise InputError(f"no GPU: {args.size} would take hours here, --size tiny shows that this script runs")

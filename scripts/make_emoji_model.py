@@ -41,7 +41,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from ddpo.errors import at_least
+from ddpo.errors import at_least, check_folder, run_script, seed
 from ddpo.hardware import cpu_cores, use_cpu
 from scripts import emoji_world as world
 from scripts.make_random_model import make_scheduler
@@ -425,7 +425,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="models/emoji", help="where the finished models go")
     parser.add_argument("--work", default="runs/emoji-model", help="where unfinished work is kept")
-    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--pictures", type=at_least(1), default=40_000)
     parser.add_argument("--classifier_steps", type=at_least(1), default=1500)
     parser.add_argument("--vae_steps", type=at_least(1), default=1800)
@@ -441,6 +441,8 @@ def main():
     use_cpu(args.threads, 1)
     if args.report_only:
         return report(args)
+    for folder in (args.work, args.output):
+        check_folder(folder)
     os.makedirs(args.work, exist_ok=True)
 
     pictures, scenes = load_pictures(args)
@@ -484,4 +486,4 @@ def load_pictures(args):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

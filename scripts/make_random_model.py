@@ -18,6 +18,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ddpo.errors import check_folder, run_script
+
 TOKENIZER = Path(__file__).parent.parent / "models/emoji/tokenizer"
 SD_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512}
 SIZES = {
@@ -157,8 +159,9 @@ def main():
     parser.add_argument("folder")
     parser.add_argument("--prediction_type", default="epsilon", choices=("epsilon", "v_prediction", "sample"))
     args = parser.parse_args()
+    check_folder(args.folder)
     print(make_random_model(args.size, args.folder, args.prediction_type))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,7 +13,7 @@ import os
 import matplotlib
 import numpy as np
 
-from ddpo.errors import InputError, run_script
+from ddpo.errors import DRAWINGS, InputError, check_output, run_script
 from scripts.results import read_metrics, read_results
 
 matplotlib.use("Agg")
@@ -33,6 +33,7 @@ def main():
     parser.add_argument("--key", default="reward_mean")
     parser.add_argument("--output", default="runs/curve.png")
     args = parser.parse_args()
+    check_output(args.output, DRAWINGS)
     groups, runs, x_key = {}, {}, "reward_queries"
     for path in args.runs:
         found = {path: read_metrics(path)} if not path.endswith(".jsonl") else {
@@ -63,7 +64,6 @@ def main():
     axes.set_ylabel({"jpeg_kb": "JPEG size (kB)"}.get(args.key, args.key))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
     figure.savefig(args.output, dpi=150)
     print(args.output)
 

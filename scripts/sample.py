@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from ddpo import prompts
 from ddpo.checkpoint import list_checkpoints
-from ddpo.errors import InputError, at_least, finite, run_script
+from ddpo.errors import PICTURES, InputError, at_least, check_output, finite, run_script, seed
 from ddpo.images import image_grid
 from ddpo.pipeline_logprob import sample_with_logprob
 from ddpo.policy import load_policy, load_weights
@@ -31,8 +31,8 @@ def open_run(run, checkpoint=""):
     try:
         with open(os.path.join(run, "config.json")) as f:
             config = ConfigDict(json.load(f))
-    except OSError as error:
-        raise InputError(f"{run!r} is not a run: it has no config.json") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{run!r} is not a run: it has no config.json that can be read") from error
     folders = {os.path.basename(folder): folder for folder in list_checkpoints(run)}
     if checkpoint and checkpoint not in folders:
         raise InputError(f"{run} has no checkpoint {checkpoint!r}: there is {', '.join(folders) or 'none'}")
@@ -77,17 +77,21 @@ def main():
     parser.add_argument("--steps", type=at_least(0), default=0, help="denoising steps; default: the run's")
     parser.add_argument("--guidance_scale", type=at_least(0, float), default=0, help="default: the run's")
     parser.add_argument("--eta", type=at_least(-1, float), default=-1, help="0: deterministic; default: the run's")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise")
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise")
     scale = "instead of the finetuned model: base + s (finetuned - base); several values make a row of each noise"
     parser.add_argument("--rl_scale", type=finite, nargs="+", default=[1.0], metavar="s", help=scale)
     parser.add_argument("--output", default="", help="default: RUN/images/samples.png")
     args = parser.parse_args()
 
     config, policy, folder = open_run(args.run, args.checkpoint)
+    output = args.output or os.path.join(args.run, "images", "samples.png")
+    check_output(output, PICTURES)
     sample = config.sample
     sample.num_steps = args.steps or sample.num_steps
     sample.guidance_scale = args.guidance_scale or sample.guidance_scale
     sample.eta = sample.eta if args.eta < 0 else args.eta
+    if sample.eta > 1:
+        raise InputError(f"--eta {args.eta:g} must be at most 1")
     prompts.check_length(args.prompts, policy.pipe.tokenizer)
     texts = [prompt for prompt in args.prompts for _ in range(args.count)]
     along = len(args.rl_scale) > 1
@@ -104,7 +108,6 @@ def main():
                 images += pictures[row * args.count : (row + 1) * args.count]
                 labels += [f"{name}: {prompt}"] + [""] * (args.count - 1)
         grid = image_grid(images, labels, args.count)
-    output = args.output or os.path.join(args.run, "images", "samples.png")
     grid.save(output)
     print(output)
 

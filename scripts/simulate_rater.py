@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddpo import prompts, rewards
-from ddpo.errors import InputError, at_least, run_script
+from ddpo.errors import DRAWINGS, InputError, at_least, check_output, run_script, seed
 from ddpo.evaluation import load_classifier, named_animals
 from ddpo.images import image_grid
 from ddpo.reward_model import rank_correlation
@@ -85,7 +85,7 @@ def main():
         "--count", type=at_least(1), default=500, help="choose: pairs; rate, check: pictures; measure: per animal"
     )
     parser.add_argument("--rewards", nargs="+", default=[], help="check: what is compared with the taste")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the rater's noise; measure: of the pictures")
+    parser.add_argument("--seed", type=seed, default=0, help="of the rater's noise; measure: of the pictures")
     parser.add_argument("--output", default="", help="default: PAIRS/choices.jsonl, PAIRS/ratings.csv, RUN/taste.json")
     parser.add_argument("--run", default="", help="measure: a run's folder")
     parser.add_argument("--results", default="", help="plot: what to draw; measure: a file to add the run to as well")
@@ -101,6 +101,7 @@ def main():
     output = args.output or folder / ("ratings.csv" if args.what == "rate" else "choices.jsonl")
     if args.what != "check" and os.path.exists(output):  # a person's clicks, maybe
         raise InputError(f"{output} is there already: choose another --output")
+    check_output(str(output))
     rng = numpy_generator("rater", args.seed)
     names = [name for pair in pairs[:needed] for name in pair["images"]]
     likes = {name: taste(Image.open(folder / name)) for name in tqdm(names, "looking")}
@@ -141,6 +142,9 @@ def measure(args):
     """The true taste, its parts, the tiny CLIP's alignment and the classifier's verdict on the same prompts and noise
     before and after a run. Writes RUN/taste.json, and RUN/images/taste.png with the first noise of some animals."""
     config, policy, folder = open_run(args.run, args.checkpoint)
+    output, pictures_at = args.output or f"{args.run}/taste.json", f"{args.run}/images/taste.png"
+    for path in (output, pictures_at, *filter(None, [args.results])):
+        check_output(path)
     texts = [prompt for prompt, _ in prompts.common_animals()] * args.count
     judges = [config.reward] if config.reward not in ("", "clipscore:models/emoji/clip") else []
     judges = {name: rewards.get_reward(name) for name in [*judges, "clipscore:models/emoji/clip"]}
@@ -155,9 +159,7 @@ def measure(args):
             "classifier_accuracy": float(np.mean([a == b.split()[-1] for a, b in zip(named, texts)])),
         }
         grids.append(pictures[:45:3])
-    image_grid(grids[0] + grids[1], [t.split()[-1] for t in texts[:45:3]] * 2, columns=15).save(
-        os.path.join(args.run, "images", "taste.png")
-    )
+    image_grid(grids[0] + grids[1], [t.split()[-1] for t in texts[:45:3]] * 2, columns=15).save(pictures_at)
     print(json.dumps(result, indent=1))
     if args.results:
         facts = {"taste": [result]}
@@ -165,13 +167,14 @@ def measure(args):
             learned = json.loads(Path(config.reward.removeprefix("learned:"), "reward.json").read_text())
             facts["reward_model"] = {key: learned[key] for key in ("kind", "votes")}
         add_result(args.results, args.run, os.path.basename(os.path.normpath(args.run)), facts)
-    with open(args.output or os.path.join(args.run, "taste.json"), "w") as f:
+    with open(output, "w") as f:
         json.dump(result, f, indent=1)
 
 
 def plot(args):
     """Draws the true taste after finetuning against the votes that each run's reward model had learned from."""
-    groups, before = {}, []
+    output, groups, before = args.output or os.path.splitext(args.results)[0] + ".png", {}, []
+    check_output(output, DRAWINGS)
     for line in (line for line in read_results(args.results).values() if {"taste", "reward_model"} <= line.keys()):
         measured, learned = line["taste"][0], line["reward_model"]
         points = groups.setdefault(learned["kind"], {}).setdefault(learned["votes"], [])
@@ -194,7 +197,7 @@ def plot(args):
     axes.set_ylabel("true taste after DDPO")
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(args.output or os.path.splitext(args.results)[0] + ".png", dpi=150)
+    figure.savefig(output, dpi=150)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from PIL import Image
 from config.base import get_config
 from config.sweeps import PICTURED, SEEDS, SWEEPS, job_of, seed_jobs, tuning_jobs
 from ddpo.checkpoint import list_checkpoints
-from ddpo.errors import InputError, at_least, choose, run_script
+from ddpo.errors import InputError, at_least, check_folder, choose, run_script
 from ddpo.options import NO_EFFECT, flatten, load_preset, read_options
 from scripts.provenance import commit, processor
 from scripts.results import add_pictures, add_result, read_metrics, read_results
@@ -161,6 +161,8 @@ def main():
     args = parser.parse_args()
 
     curves = choose("sweep", args.name, SWEEPS)()
+    for folder in (args.results, args.runs):
+        check_folder(folder)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed = run_jobs(tuning_jobs(curves), args)
     best = best_rates(curves, read_results(os.path.join(args.results, f"{args.name}.jsonl")))

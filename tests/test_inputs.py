@@ -1,10 +1,14 @@
 """Mistakes users make: each ends, before any long work, with one line that says what is wrong and what to do."""
 
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT, launch, run
+from safetensors.torch import load_file, save_file
 
 OVERLONG = "a very " + "long " * 40 + "prompt"
 MISTAKES = {
@@ -72,6 +76,7 @@ MISTAKES = {
     "a rate that is no number": ({"train__learning_rate": float("nan")}, ["train.learning_rate = nan"]),
     "an infinite penalty": ({"train__kl_weight": float("inf")}, ["train.kl_weight = inf"]),
     "a timeout that is no number": ({"reward_timeout": float("nan")}, ["reward_timeout = nan", "at least 0"]),
+    "a timeout beyond all clocks": ({"reward_timeout": float("inf")}, ["reward_timeout = inf", "at most 1e+06"]),
     "no time for a request": ({"reward_options__timeout": 0.0}, ["reward_options.timeout = 0.0", "greater than 0"]),
     "no requests at a time": ({"reward_options__concurrency": 0}, ["reward_options.concurrency = 0", "at least 1"]),
     "a reward's empty batch": ({"reward_options__batch_size": 0}, ["reward_options.batch_size = 0", "at least 1"]),
@@ -81,7 +86,21 @@ MISTAKES = {
     "a size that cannot be drawn": ({"sample__width": 30}, ["sample.width = 30", "use 28 or 32"]),
     "a file for a model": ({"model": "./README.md"}, ["'./README.md'", "no such folder"]),
     "an empty prompt file": ({"prompts": "FOLDER/empty.txt"}, ["empty.txt", "no prompt"]),
-    "an overlong prompt": ({"prompts": "FOLDER/long.txt"}, ["the prompt 'a very long", "the text encoder takes 24"]),
+    "an overlong prompt": (
+        {"prompts": "FOLDER/long.txt"},
+        ["'a very long", "...' has", "the text encoder takes 24"],
+    ),
+    "a weight that is no number": ({"reward": "nan*jpeg_compressibility"}, ["the weight 'nan' is not a number"]),
+    "a broken address": (
+        {"prompts": "counting", "reward": "counting:http://[::1"},
+        ["'http://[::1' is not an"],
+    ),
+    "an address without a port": ({"prompts": "counting", "reward": "counting:http://a:b"}, ["http://a:b' is not an"]),
+    "a UNet without all weights": ({"model": "FOLDER/half"}, ["unet lacks 1 weights, conv_norm_out.weight the first"]),
+    "a CLIP without all weights": (
+        {"reward": "clipscore:FOLDER/clip"},
+        ["lack 1 weights, visual_projection"],
+    ),
     "an empty folder to resume": ({"resume": "FOLDER/empty"}, ["nothing to resume", "empty/config.json"]),
     "a damaged config to resume": ({"resume": "FOLDER/damaged"}, ["damaged/config.json does not fit"]),
     "misspelled in a preset": ({"preset": "train.lerning_rate = 1.0"}, ["lerning_rate", "Did you mean learning_rate?"]),
@@ -104,6 +123,14 @@ def outcomes(tiny, tmp_path_factory):
     (folder / "damaged").mkdir()
     (folder / "damaged/config.json").write_text('{"seed": ')
     (folder / "empty.txt").write_text("\n")
+    for source, target, file, key in (
+        (tiny, "half", "unet/diffusion_pytorch_model.safetensors", "conv_norm_out.weight"),
+        (ROOT / "models/emoji/clip", "clip", "model.safetensors", "visual_projection.weight"),
+    ):
+        shutil.copytree(source, folder / target)
+        weights = load_file(folder / target / file)
+        del weights[key]
+        save_file(weights, folder / target / file, {"format": "pt"})
     (folder / "long.txt").write_text(f"a cat\n\n{OVERLONG}\n")
 
     def run(mistake):
@@ -168,9 +195,104 @@ def test_config_may_stand_behind_the_options_it_is_changed_by(tmp_path):
     assert "num_epochs = 0 must be at least 1" in result.stderr
 
 
+PRESETS = {
+    "imports nothing there is": ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+    "has no get_config": ("", "has no attribute 'get_config'"),
+    "is not Python": ("def get_config(:", "SyntaxError"),
+    "fails": ("def get_config(): return 1 / 0", "ZeroDivisionError"),
+    "returns nothing": ("def get_config(): pass", "NoneType"),
+    "has options of its own": (
+        "from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'seed': 1})", "has no option"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_that_are_none(tmp_path, preset):
+    code, message = PRESETS[preset]
+    (tmp_path / "preset.py").write_text(code)
+    result = run([sys.executable, "train.py", f"--config={tmp_path}/preset.py"])
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert f"the preset {tmp_path}/preset.py" in line and message in line
+
+
+def script(name, *arguments):
+    return run([sys.executable, f"scripts/{name}.py", *map(str, arguments)])
+
+
+def assert_one_line(result, message, code=1):
+    assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
+    assert message in result.stderr.strip().splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (("plot", "x", "--output", "README.md/x.png"), "nothing can be written in 'README.md'"),
+        (("plot", "x", "--output", "docs"), "the name must end in .png"),
+        (("plot", "x", "--output", "x.xyz"), "'x.xyz': the name must end in .png"),
+        (("plot", "README.md", "requirements.jsonl"), "README.md"),
+        (("figures", "fig4", "--output", "README.md/x"), "nothing can be written in 'README.md/x'"),
+        (("sweep", "fig4", "--results", "README.md/x"), "nothing can be written in 'README.md/x'"),
+        (("train_reward", "--choices", "x", "--output", "README.md"), "nothing can be written in 'README.md'"),
+        (("train_reward", "--choices", "x", "--output", "runs/x", "--cache", "README.md"), "'README.md'"),
+        (("make_random_model", "tiny", "README.md/x"), "nothing can be written in 'README.md/x'"),
+        (("simulate_rater", "plot", "--results", "README.md"), "README.md, line 1 is not JSON"),
+        (("publish", "--run", "x", "--repo", "a b/.."), "--repo 'a b/..' must be USER/NAME"),
+    ],
+)
+def test_scripts_say_in_one_line_what_cannot_be_read_or_written(arguments, message):
+    assert_one_line(script(*arguments), message)
+
+
+def test_a_finished_run_and_what_cannot_be_made_of_it(tiny, tmp_path):
+    """Before any picture is drawn; and a line of metrics.jsonl that no run has written."""
+    folder = tmp_path / "run"
+    launch(model=tiny, run_dir=folder, num_epochs=1, direct=True)
+    sample = "sample", "--run", folder, "--count", 1
+    assert_one_line(script(*sample, "--output", "README.md/x.png"), "nothing can be written in 'README.md'")
+    assert_one_line(script(*sample, "--output", "x.xyz"), "'x.xyz': the name must end in .png")
+    assert_one_line(script(*sample, "--eta", 7), "--eta 7 must be at most 1")
+    assert_one_line(script("evaluate", "--run", folder, "--output", "README.md/x"), "'README.md'")
+    with open(folder / "metrics.jsonl", "a") as f:
+        f.write("garbage\n")
+    assert_one_line(script("plot", folder, "--output", tmp_path / "x.png"), "metrics.jsonl, line 2 is not JSON")
+    result = launch(resume=folder, num_epochs=2, direct=True, check=False)
+    assert_one_line(result, "metrics.jsonl has a line that is not an epoch's metrics: remove it")
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2  # nothing is lost
+
+
+@pytest.mark.parametrize("name", ["bench_trl", "peer_ratio"])
+def test_help_without_the_peer(name):
+    result = script(f"dev/{name}", "--help")
+    assert result.returncode == 0 and "usage: " in result.stdout
+
+
+@pytest.mark.parametrize("moment", ["imports", "work"])
+def test_ctrl_c_leaves_no_traceback(tmp_path, moment):
+    folder, log = tmp_path / "model", tmp_path / "log"
+    command = [sys.executable, "-X", "importtime", "-m", "scripts.make_random_model", "sd15", str(folder)]
+    with open(log, "w") as f:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=f, stderr=f)
+    last = "| scripts\n" if moment == "imports" else "| ddpo.errors\n"  # that and the network's making take seconds
+    while last not in log.read_text():
+        assert process.poll() is None, log.read_text()[-1000:]
+        time.sleep(0.02)
+    time.sleep(0 if moment == "imports" else 0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ("scripts.sample", "--run", "x", "--seed", str(2**64)),
+            "must be below 4294967296",
+        ),
+        (("scripts.train_reward", "--learning_rate", "inf"), "argument --learning_rate: inf must be finite"),
         (("scripts.sample", "--run", "x", "--count", "0"), "argument --count: 0 must be at least 1"),
         (("scripts.sample", "--run", "x", "--eta", "nan"), "argument --eta: nan must be at least -1"),
         (("scripts.sweep", "fig4", "--jobs", "0"), "argument --jobs: 0 must be at least 1"),

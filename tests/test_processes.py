@@ -66,8 +66,13 @@ def test_two_processes_save_and_one_resumes(tiny, tmp_path):
 def test_accelerate_launch_is_refused_what_it_would_not_do(tiny, tmp_path):
     """It starts one process where there is no GPU, and what else it is told would be ignored without a word."""
     several = ("accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2")
+    (tmp_path / "home/accelerate").mkdir(parents=True)
+    settings = ("compute_environment: LOCAL_MACHINE", "distributed_type: 'NO'", "mixed_precision: bf16")
+    settings += ("use_cpu: true", "num_processes: 1", "num_machines: 1", "debug: false")
+    (tmp_path / "home/accelerate/default_config.yaml").write_text("\n".join(settings))
     for launcher, env, message in (
-        (several, {}, "starts only one process without a GPU, whatever --num_processes says: use torchrun"),
+        (several, {}, "starts only one process without a GPU, whatever --num_processes or its default_config.yaml say"),
+        (several[:2], {"HF_HOME": str(tmp_path / "home")}, "launch with --mixed_precision no if accelerate's default_"),
         ((), {"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed precision (bf16) does nothing here"),
         ((), {"ACCELERATE_USE_FSDP": "true"}, "FSDP does nothing here"),
         ((), {"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED does nothing here"),

@@ -36,7 +36,7 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpo.errors import at_least
+from ddpo.errors import at_least, run_script
 from scripts.provenance import commit, processor
 
 ROOT = Path(__file__).parent.parent.parent
@@ -436,4 +436,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         worker(json.loads(sys.argv[2]))
     else:
-        main()
+        run_script(main)

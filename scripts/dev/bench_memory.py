@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from config.base import get_config
-from ddpo.errors import at_least
+from ddpo.errors import at_least, run_script
 from ddpo.fewer_kernels import use_fewer_kernels
 from ddpo.masters import Masters
 from ddpo.policy import PRECISIONS
@@ -116,4 +116,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -6,6 +6,7 @@ line, and so on once a line of input comes.
 Its trainer is used as its examples use it. Its parts are timed by wrapping the two methods that sample and score.
 """
 
+import argparse
 import itertools
 import json
 import random
@@ -18,6 +19,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
+from ddpo.errors import InputError, run_script
 from ddpo.prompts import get_prompts
 from ddpo.rewards import REWARDS
 
@@ -30,7 +32,10 @@ def make_trainer(options):
     if not on_gpu:
         torch.set_num_threads(options["threads"])
     PartialState(cpu=not on_gpu)  # its pipeline logs before its trainer has made one
-    from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+    try:
+        from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+    except ImportError as error:
+        raise InputError(f"trl 0.23.1 is not installed here ({error})") from error
 
     per_update = options["sample.images_per_epoch"] // options["train.updates_per_epoch"]
     config = DDPOConfig(
@@ -62,7 +67,10 @@ def make_trainer(options):
     return DDPOTrainer(config, reward_fn, lambda: rng.choice(prompts), pipeline), pipeline
 
 
-def main(options):
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("options", type=json.loads, help="JSON: {dotted name of an option: its value}")
+    options = parser.parse_args().options
     on_gpu, seconds = torch.cuda.is_available(), {}
 
     def timed(method, part):
@@ -104,4 +112,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    run_script(main)

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from ddpo.errors import at_least
+from ddpo.errors import at_least, run_script, seed
 from scripts.make_random_model import make_random_model
 from scripts.provenance import commit
 
@@ -120,7 +120,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=at_least(1), default=50)
     parser.add_argument("--per_run", type=at_least(1), default=5, help="kills of one run before it may finish")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the moments")
+    parser.add_argument("--seed", type=seed, default=0, help="of the moments")
     parser.add_argument("--output", default="", help="a JSON file for the result")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -177,4 +177,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

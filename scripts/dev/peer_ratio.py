@@ -7,17 +7,25 @@ Two epochs of 4 pictures of 10 steps, guidance 5 and LoRA, one update each; the 
 epoch one of the rewards is NaN. Ours for the ratio is `ratio_error` in metrics.jsonl.
 """
 
-import sys
+import argparse
 import tempfile
 
 import torch
 from accelerate import PartialState
 
+from ddpo.errors import InputError, run_script
 
-def main(precision):
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("precision", choices=("no", "bf16", "fp16"))
+    precision = parser.parse_args().precision
     PartialState(cpu=True)  # its pipeline logs before its trainer has made one
     torch.set_num_threads(1)
-    from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+    try:
+        from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+    except ImportError as error:
+        raise InputError(f"trl 0.23.1 is not installed here, see --help ({error})") from error
 
     config = DDPOConfig(
         mixed_precision=precision, sample_num_steps=10, sample_guidance_scale=5.0, sample_batch_size=4,
@@ -47,4 +55,4 @@ def main(precision):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_script(main)

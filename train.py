@@ -44,7 +44,7 @@ def train(config, preset):
 
     policy = load_policy(config.model, config.lora_rank, config.precision, run.device, config.lora_targets, config.seed)
     check_length([prompt for prompt, _ in prompt_set], policy.pipe.tokenizer)
-    policy.set_timesteps(config.sample.num_steps)
+    policy.prepare_sampling(config.sample)
     evaluate = load_evaluation(config, policy, reward, prompt_set, held_out)  # on fixed prompts and noise
     policy.prepare_training(config.train, "base" in algorithm.needs, config.sample.averaged)
     optimizer = Optimizer(policy.trainable_parameters(), config, run.accelerator)
@@ -71,7 +71,7 @@ def train(config, preset):
         with policy.sampling_weights():
             trajectories = sample_with_logprob(
                 policy, prompts, lambda k: draw_noise(noise_shape, config.seed, epoch, indices[k]),
-                config.sample.guidance_scale, config.sample.eta, config.sample.batch_size,
+                config.sample.guidance_scale, policy.noise_level(config.sample), config.sample.batch_size,
                 keep_steps=algorithm.process == "reverse", progress="sampling" if run.is_main else None,
                 stop=lambda: run.stopping(scores.failed()), on_images=scores.put,
             )  # fmt: skip

@@ -21,11 +21,11 @@ def get_config():
     config.grid_images = 18
     config.threads = 0  # (memory) CPU threads a process; 0: cores / processes. For CPU runs only
 
-    config.model = "CompVis/stable-diffusion-v1-4"  # hub name or folder of a StableDiffusionPipeline
+    config.model = "CompVis/stable-diffusion-v1-4"  # hub name or folder; pipelines: see ddpo/models.py
     config.lora_rank = 4  # 0: full finetuning
-    config.lora_targets = "to_q,to_k,to_v,to_out.0"  # module names of the UNet, comma-separated
+    config.lora_targets = "to_q,to_k,to_v,to_out.0"  # module names of the denoiser, comma-separated
     config.precision = "fp32"  # of the network: fp32, tf32, bf16, fp16. Trained weights are float32 in all
-    config.compile = False  # (memory) torch.compile of the UNet: minutes at the start; refused if its gradient is wrong
+    config.compile = False  # (memory) torch.compile: minutes at the start; refused if the gradient is wrong
     # Of ddpo/losses.py. On the denoising steps: ddpo_is, ddpo_mask, ddpo_smooth, ddpo_sf. On the finished picture: rwr,
     # rwr_sparse, best_of_n, awm, nft, ram, dpo
     config.algorithm = "ddpo_is"
@@ -44,7 +44,10 @@ def get_config():
     sample.batch_size = 8  # (memory) images per forward pass and process; 0: what fits, equal to train.batch_size
     sample.num_steps = 50  # T, denoising steps
     sample.guidance_scale = 5.0  # classifier-free guidance in sampling and in training; 1: none
-    sample.eta = 1.0  # noise of the DDIM step; algorithms on the denoising steps need a distribution, so eta > 0
+    sample.eta = 1.0  # DDIM: noise of a step; algorithms on the denoising steps need a distribution, so eta > 0
+    sample.step_kind = "sde"  # flow models (SD 3.x, FLUX): step of ddpo/flow_logprob.py: sde, cps, dance
+    sample.noise_level = 0.7  # flow models: noise of a step; its authors use 0.7 (sde), 0.8 (cps), 0.3 (dance)
+    sample.shift = 0.0  # flow models: of the noise levels, towards noise; 0: the model's own
     sample.averaged = False  # algorithms on the finished picture: draw it by the moving average (train.ema_decay)
     sample.height = 0  # pixels; 0: the model's own size
     sample.width = 0

@@ -1,9 +1,9 @@
 """Saving and resuming a run.
 
-RUN/checkpoints/epoch_0010/ holds the weights after 10 epochs (lora/ or unet/, for anyone to load) and state.pt, the
-trainer's own: optimizer, gradient scaler, reward statistics, and the weights themselves where lora/ or unet/ holds
-their moving average. There is no generator to save, since all randomness is a function of (seed, epoch, sample). A
-checkpoint is written beside its place and renamed when it is whole, and only then are older ones removed.
+RUN/checkpoints/epoch_0010/ holds the weights after 10 epochs (lora/, unet/ or transformer/, for anyone to load) and
+state.pt, the trainer's own: optimizer, gradient scaler, reward statistics, and the weights themselves where the former
+holds their moving average. There is no generator to save, since all randomness is a function of (seed, epoch, sample).
+A checkpoint is written beside its place and renamed when it is whole, and only then are older ones removed.
 """
 
 import glob

@@ -2,7 +2,7 @@
 run (config.evaluate) and after it (`python -m scripts.evaluate`).
 
 Prompts: those trained on and those held out. Sampling: with the sampler's noise, as in training, and without
-("deterministic", eta 0). Judges: the run's own reward, and others that it was not trained on, which is where
+("deterministic", noise level 0). Judges: the run's own reward, and others that it was not trained on, which is where
 overoptimisation shows.
 """
 
@@ -107,7 +107,7 @@ def evaluate(policy, sets, count, judges, sample, clip=None, classifier=None, se
     state = PartialState()
     shape = policy.noise_shape(sample)
     result, shown = {}, {}
-    for sampling, eta in (("stochastic", sample.eta), ("deterministic", 0.0)):
+    for sampling, noise_level in (("stochastic", policy.noise_level(sample)), ("deterministic", 0.0)):
         first = 0  # index of a set's first noise
         for kind, pairs in sets.items():
             drawn = pairs * count
@@ -122,7 +122,7 @@ def evaluate(policy, sets, count, judges, sample, clip=None, classifier=None, se
             if mine:
                 sample_with_logprob(
                     policy, [drawn[i][0] for i in mine], lambda k: draw_noise(shape, seed, EVALUATION, first + mine[k]),
-                    sample.guidance_scale, eta, sample.batch_size, on_images=judge,
+                    sample.guidance_scale, noise_level, sample.batch_size, on_images=judge,
                     progress=f"evaluation: {kind}, {sampling}" if state.is_main_process else None,
                 )  # fmt: skip
             shown[f"{kind}, {sampling}"] = pictures
@@ -145,8 +145,8 @@ def draw_grid(policy, prompt_set, count, sample, seed):
     shape = policy.noise_shape(sample)
     texts = [prompt for prompt, _ in prompt_set[:: max(1, len(prompt_set) // count)]][:count]
     pictures = sample_with_logprob(
-        policy, texts, lambda i: draw_noise(shape, seed, GRID, i), sample.guidance_scale, sample.eta,
-        sample.batch_size, progress="grid",
+        policy, texts, lambda i: draw_noise(shape, seed, GRID, i), sample.guidance_scale,
+        policy.noise_level(sample), sample.batch_size, progress="grid",
     ).images  # fmt: skip
     return image_grid(pictures, texts)
 

@@ -92,7 +92,7 @@ def _fits(policy, config, count, kept, sampled, trained):
     def output(size):
         t = policy.scheduler.timesteps[:1].to(policy.device).expand(size)
         latents = torch.zeros(size, *noise_shape[1:], device=policy.device)
-        return predict_noise(policy, latents, t, empty.expand(size, -1, -1), empty, guidance)
+        return predict_noise(policy, latents, t, empty.expand(size), empty, guidance)
 
     try:
         held += [torch.empty_like(p) for p in parameters for _ in range(2)]

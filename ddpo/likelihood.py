@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ddpo.ddim_logprob import gaussian_kl, gaussian_log_prob
+from ddpo.ddim_logprob import gaussian_kl
 from ddpo.pipeline_logprob import predict_noise
 from ddpo.seeds import torch_generator
 
@@ -71,7 +71,8 @@ class Rollout:
         self.prompt_embeds, self.negative_embeds = policy.embed(prompts), policy.embed([""])
         self.guidance_scale = config.sample.guidance_scale if config.train.guidance else 1.0
         # sigma_weighting: log-ratio * sigma_t / its mean, since steps with little noise would else be clipped first.
-        stds = policy.step_stds(config.sample.eta)
+        self.noise_level = policy.noise_level(config.sample)
+        stds = policy.step_stds(self.noise_level)
         self.log_prob_scale = stds / stds.mean() if config.train.sigma_weighting else torch.ones_like(stds)
         self.old_outputs = None  # forward process: (N, draws, C, H, W), if `rescore` is asked for them
         if algorithm.process == "forward":
@@ -100,16 +101,16 @@ class Rollout:
         output = predict_noise(
             self.policy, x_t, t, self.prompt_embeds[sample], self.negative_embeds, self.guidance_scale
         )
-        return self.policy.step_mean_std(output, t, x_t, self.config.sample.eta)
+        return self.policy.step_mean_std(output, t, x_t, self.noise_level)
 
     def _log_prob(self, sample, step, mean, std):
         """Of the x_{t-1} that were sampled; (B,)."""
-        return gaussian_log_prob(self.latents[sample, step + 1], mean, std)
+        return self.policy.step_log_prob(self.latents[sample, step + 1], mean, std)
 
     def _draws(self, sample, step):
         t, dropped, noise = (values[sample, step] for values in self.draws)
         x_0, embeds = self.latents[sample, -1], self.prompt_embeds[sample]
-        embeds = torch.where(dropped[:, None, None], self.negative_embeds, embeds)
+        embeds = embeds.replace(dropped, self.negative_embeds)
         x_t, target, x_0_scale = noised(self.policy.scheduler, x_0, noise, t)
         output, old, base = self.policy.forward(x_t, t, embeds), None, None
         if "old" in self.algorithm.needs:  # before any update it is the output itself
@@ -180,7 +181,7 @@ def draw_timesteps_and_noise(policy, keys, shape, options):
         options: `config.train`; a share `prompt_dropout` of the draws is to get the empty prompt, as base models were
             trained, which keeps guidance working.
     Returns:
-        timesteps (N, K) integers, dropped (N, K) booleans, noise (N, K, C, H, W), on the policy's device.
+        timesteps (N, K) as the network takes them, dropped (N, K) booleans, noise (N, K, C, H, W), on its device.
     """
     count, trained = options.draws, policy.scheduler.config.num_train_timesteps
     lowest = 1 - options.timestep_fraction if options.timestep_choice == "first" else 0.0
@@ -195,12 +196,17 @@ def draw_timesteps_and_noise(policy, keys, shape, options):
         t, dropped = zip(*draws)
         noise = torch.randn(len(draws), *shape, generator=generator)
         rows.append((torch.tensor(t), torch.tensor(dropped), noise))
-    return tuple(torch.stack(values).to(policy.device) for values in zip(*rows))
+    t, dropped, noise = (torch.stack(values).to(policy.device) for values in zip(*rows))
+    return policy.family.training_timesteps(t), dropped, noise
 
 
 def noised(scheduler, x_0, noise, t):
     """x_0 (B, C, H, W) noised to timesteps t (B,): x_t, the network's target by `prediction_type` (noise, v or x_0),
-    and x_0_scale (B, 1, 1, 1) = |d x_0 / d output|: sqrt((1 - alpha) / alpha) for noise, sqrt(1 - alpha) for v."""
+    and x_0_scale (B, 1, 1, 1) = |d x_0 / d output|: sqrt((1 - alpha) / alpha) for noise, sqrt(1 - alpha) for v.
+    Of a flow, x_t = (1 - s) x_0 + s noise, the target is noise - x_0, and x_0_scale is s."""
+    if not hasattr(scheduler, "alphas_cumprod"):
+        s = (t / scheduler.config.num_train_timesteps).reshape(-1, *[1] * (x_0.ndim - 1))
+        return (1 - s) * x_0 + s * noise, noise - x_0, s
     alpha = scheduler.alphas_cumprod[t].reshape(-1, *[1] * (x_0.ndim - 1))
     target, x_0_scale = {
         "epsilon": (noise, ((1 - alpha) / alpha).sqrt()),

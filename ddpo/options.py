@@ -188,6 +188,15 @@ def check(config, processes=1):
             if algorithm.process == "reverse"
             else f"sample.eta = {sample.eta} must be from 0 to 1"
         )
+    if not 0 <= sample.noise_level < math.inf or (sample.noise_level == 0 and algorithm.process == "reverse"):
+        raise InputError(
+            f"sample.noise_level = {sample.noise_level} must be greater than 0 and finite: {config.algorithm} needs "
+            "steps that have a likelihood"
+            if algorithm.process == "reverse"
+            else f"sample.noise_level = {sample.noise_level} must be at least 0 and finite"
+        )
+    if not 0 <= sample.shift < math.inf:
+        raise InputError(f"sample.shift = {sample.shift} must be at least 0 (0: the model's own) and finite")
     if not 1 <= sample.guidance_scale < math.inf:
         raise InputError(f"sample.guidance_scale = {sample.guidance_scale} must be at least 1 (no guidance) and finite")
     if train.timestep_fraction > 1 or not round(train.timestep_fraction * sample.num_steps):

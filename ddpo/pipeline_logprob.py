@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ddpo.ddim_logprob import gaussian_log_prob
 from ddpo.seeds import torch_generator
 
 
@@ -37,15 +36,16 @@ def predict_noise(policy, latents, timesteps, prompt_embeds, negative_embeds, gu
         policy: a `ddpo.policy.Policy`.
         latents: (B, C, H, W).
         timesteps: (B,).
-        prompt_embeds: (B, L, D) of the prompts.
-        negative_embeds: (1, L, D) of the empty prompt.
-        guidance_scale: 1 is no guidance (one forward pass instead of two).
+        prompt_embeds: Conditions of the B prompts, from `policy.embed`.
+        negative_embeds: Conditions of the empty prompt.
+        guidance_scale: 1 is no guidance (one forward pass instead of two). A network that is told it (FLUX.1-dev)
+            takes one pass in any case.
     Returns:
         (B, C, H, W) float32.
     """
-    if guidance_scale == 1:
-        return policy.forward(latents, timesteps, prompt_embeds)
-    both = torch.cat([negative_embeds.expand_as(prompt_embeds), prompt_embeds])
+    if guidance_scale == 1 or policy.family.told_guidance:
+        return policy.forward(latents, timesteps, prompt_embeds, guidance_scale)
+    both = negative_embeds.expand(len(prompt_embeds)).join(prompt_embeds)
     output = policy.forward(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), both)
     uncond, cond = output.chunk(2)
     return uncond + guidance_scale * (cond - uncond)
@@ -57,7 +57,7 @@ def sample_with_logprob(
     prompts,
     noise,
     guidance_scale,
-    eta,
+    noise_level,
     batch_size=0,
     keep_steps=False,
     progress=None,
@@ -71,7 +71,8 @@ def sample_with_logprob(
         prompts: B strings.
         noise: function of an index i in 0..B-1 that returns the (T + 1, C, H, W) standard normal noise of picture i:
             the initial latent, then one for each step. Nothing else is random: `batch_size` changes no result.
-        guidance_scale, eta: see `predict_noise` and `ddpo.ddim_logprob`.
+        guidance_scale: see `predict_noise`.
+        noise_level: of the steps, see `policy.noise_level`; 0 draws without noise.
         batch_size: pictures per forward pass; 0 for all at once.
         progress: label of a progress bar, None for none.
         stop: function asked before each batch whether to give up.
@@ -80,9 +81,8 @@ def sample_with_logprob(
     Returns:
         Trajectories, or None if `stop` said so.
     """
-    scheduler, count = policy.scheduler, len(prompts)
-    timesteps = scheduler.timesteps.to(policy.device)
-    initial_scale = float(scheduler.init_noise_sigma)
+    count = len(prompts)
+    timesteps = policy.scheduler.timesteps.to(policy.device)
     batch_size = batch_size or count
     images, latents = [], None
     bar = tqdm(total=count * len(timesteps), desc=progress, unit="step", leave=False, disable=progress is None)
@@ -99,15 +99,15 @@ def sample_with_logprob(
             latents = torch.empty(count, kept + 1, *shape, device=policy.device)
             means = torch.empty(count, kept, *shape, device=policy.device)
             log_probs = torch.empty(count, kept, device=policy.device)
-        latents[rows, 0] = x_t = batch_noise[:, 0] * initial_scale
+        latents[rows, 0] = x_t = batch_noise[:, 0]
         for step, t in enumerate(timesteps):
             t = t.expand(len(batch))
             output = predict_noise(policy, x_t, t, prompt_embeds, negative_embeds, guidance_scale)
-            mean, std = policy.step_mean_std(output, t, x_t, eta)
+            mean, std = policy.step_mean_std(output, t, x_t, noise_level)
             x_t = mean + std * batch_noise[:, step + 1]
             if keep_steps:
                 latents[rows, step + 1], means[rows, step] = x_t, mean
-                log_probs[rows, step] = gaussian_log_prob(x_t, mean, std)
+                log_probs[rows, step] = policy.step_log_prob(x_t, mean, std)
             bar.update(len(batch))
         latents[rows, -1] = x_t
         if on_images is None:
@@ -120,9 +120,10 @@ def sample_with_logprob(
 
 def decode(policy, latents):
     """Latents (B, C, H, W) -> B PIL images, through the VAE in float32; so many at a time as make four of 512x512."""
-    images = []
+    images, config = [], policy.vae.config
     for part in latents.split(max(1, 4 * 64 * 64 // latents[0, 0].numel())):
-        pixels = policy.vae.decode(part / policy.vae.config.scaling_factor).sample
+        part = part / config.scaling_factor
+        pixels = policy.vae.decode(part + config.shift_factor if config.shift_factor else part).sample
         pixels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
         images += [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
     return images

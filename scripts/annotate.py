@@ -73,7 +73,11 @@ def draw_pairs(policy, prompt_set, output, first, count, sample, seed=0):
 
         doubled = [text for text in texts for _ in range(2)]
         pictures = sample_with_logprob(
-            policy, doubled, lambda k: draw_noise(shape, seed, pairs[k // 2], k % 2), sample.guidance_scale, sample.eta
+            policy,
+            doubled,
+            lambda k: draw_noise(shape, seed, pairs[k // 2], k % 2),
+            sample.guidance_scale,
+            policy.noise_level(sample),
         ).images
         for k, (i, text) in enumerate(zip(pairs, texts)):
             names = [f"images/{i:05d}{letter}.png" for letter in "ab"]
@@ -366,7 +370,7 @@ def make_pairs(args, output):
         pair_up(args.images, output, existing, args.pairs, args.seed)
     else:
         config, policy = open_model(args)
-        policy.set_timesteps(config.sample.num_steps)
+        policy.prepare_sampling(config.sample)
         name = args.prompts[0] if args.prompts else config.prompts
         known = len(args.prompts) <= 1 and (name in prompts.PROMPT_SETS or prompts.is_file(name))
         prompt_set = prompts.get_prompts(name) if known else [(text, {}) for text in args.prompts]

@@ -89,7 +89,7 @@ def main():
     clip = load_clip(args.clip, policy.device)
     classifier = load_classifier(args.classifier) if args.classifier else None
     sample.guidance_scale = args.guidance_scale or sample.guidance_scale
-    policy.set_timesteps(sample.num_steps)
+    policy.prepare_sampling(sample)
 
     result = {"prompts": {"seen": seen_set, "held_out": held_out_set or f"{share:g} of {seen_set}"}}
     result |= {"count": args.count, "guidance_scale": sample.guidance_scale}

@@ -91,7 +91,7 @@ class Work:
         shape = (steps + 1, *self.policy.latent_shape())
         return sample_with_logprob(
             self.policy, self.prompts, lambda i: draw_noise(shape, 0, 0, i), self.config.sample.guidance_scale,
-            self.config.sample.eta, keep_steps=True,
+            self.policy.noise_level(self.config.sample), keep_steps=True,
         )  # fmt: skip
 
     def rollout(self, steps):

@@ -17,6 +17,7 @@ import os
 import torch
 from ml_collections import ConfigDict
 
+from config.base import get_config
 from ddpo import prompts
 from ddpo.checkpoint import list_checkpoints
 from ddpo.errors import PICTURES, InputError, at_least, check_output, finite, run_script, seed
@@ -30,7 +31,9 @@ def open_run(run, checkpoint=""):
     `load_weights(policy, folder)` makes it the finetuned one."""
     try:
         with open(os.path.join(run, "config.json")) as f:
-            config = ConfigDict(json.load(f))
+            saved = json.load(f)
+        config = ConfigDict(get_config().to_dict())  # of options that the run is older than, their defaults
+        config.update(saved)
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{run!r} is not a run: it has no config.json that can be read") from error
     folders = {os.path.basename(folder): folder for folder in list_checkpoints(run)}
@@ -57,14 +60,14 @@ def at_scales(policy, folder, scales=(0.0, 1.0)):
 def draw_at_scales(policy, folder, texts, sample, seed, scales=(0.0, 1.0)):
     """Draws one picture per text at each scale of `at_scales`: (name, PIL images). The noise of picture i is that of
     generator seed + i. sample: a run's config.sample."""
-    policy.set_timesteps(sample.num_steps)
+    policy.prepare_sampling(sample)
     shape = policy.noise_shape(sample)
 
     def noise(i):
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed + i))
 
     for name in at_scales(policy, folder, scales):
-        options = (sample.guidance_scale, sample.eta, sample.batch_size)
+        options = (sample.guidance_scale, policy.noise_level(sample), sample.batch_size)
         yield name, sample_with_logprob(policy, texts, noise, *options, progress=name).images
 
 
@@ -76,7 +79,7 @@ def main():
     parser.add_argument("--count", type=at_least(1), default=8, help="pictures per prompt")
     parser.add_argument("--steps", type=at_least(0), default=0, help="denoising steps; default: the run's")
     parser.add_argument("--guidance_scale", type=at_least(0, float), default=0, help="default: the run's")
-    parser.add_argument("--eta", type=at_least(-1, float), default=-1, help="0: deterministic; default: the run's")
+    parser.add_argument("--eta", type=at_least(-1, float), default=-1, help="noise level; 0: none; default: the run's")
     parser.add_argument("--seed", type=seed, default=0, help="of the noise")
     scale = "instead of the finetuned model: base + s (finetuned - base); several values make a row of each noise"
     parser.add_argument("--rl_scale", type=finite, nargs="+", default=[1.0], metavar="s", help=scale)
@@ -89,9 +92,10 @@ def main():
     sample = config.sample
     sample.num_steps = args.steps or sample.num_steps
     sample.guidance_scale = args.guidance_scale or sample.guidance_scale
-    sample.eta = sample.eta if args.eta < 0 else args.eta
-    if sample.eta > 1:
+    if args.eta > 1:
         raise InputError(f"--eta {args.eta:g} must be at most 1")
+    if args.eta >= 0:
+        sample[policy.family.noise_option] = args.eta
     prompts.check_length(args.prompts, policy.pipe.tokenizer)
     texts = [prompt for prompt in args.prompts for _ in range(args.count)]
     along = len(args.rl_scale) > 1

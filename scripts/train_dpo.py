@@ -139,8 +139,8 @@ class Pairs:
         drawn, dropped, noise = (values[:, 0] for values in draws)
         embeds = policy.embed(prompts)
         if t is None:
-            t, embeds = drawn, torch.where(dropped[:, None, None], policy.embed([""]), embeds)
-        t, embeds = t.repeat(2), embeds.repeat(2, 1, 1)
+            t, embeds = drawn, embeds.replace(dropped, policy.embed([""]))
+        t, embeds = t.repeat(2), embeds.join(embeds)
         x_t, target, _ = noised(policy.scheduler, x_0, noise.repeat(2, 1, 1, 1), t)
         base_error = None
         if needs_base:
@@ -190,7 +190,7 @@ def train(config, preset):
     policy = load_policy(config.model, config.lora_rank, config.precision, run.device, config.lora_targets, config.seed)
     texts = sorted({vote["prompt"] for vote in votes + held_out})
     check_length(texts, policy.pipe.tokenizer)
-    policy.set_timesteps(config.sample.num_steps)
+    policy.prepare_sampling(config.sample)
     prompt_set, config.prompts = [(text, {}) for text in texts], os.path.join(run.folder, "prompts.txt")
     policy.prepare_training(config.train, needs_base=True)
     optimizer = Optimizer(policy.trainable_parameters(), config, run.accelerator)

@@ -40,6 +40,21 @@ def tiny_v(tmp_path_factory):
     return make_random_model("tiny", tmp_path_factory.mktemp("tiny") / "v_prediction", "v_prediction")
 
 
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory):
+    return make_random_model("tiny_sd3", tmp_path_factory.mktemp("tiny") / "sd3")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd35(tmp_path_factory):
+    return make_random_model("tiny_sd35", tmp_path_factory.mktemp("tiny") / "sd35")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory):
+    return make_random_model("tiny_flux", tmp_path_factory.mktemp("tiny") / "flux")
+
+
 def make_clip(folder, projection_dim):
     """Saves a small random CLIPModel with CLIP's own preprocessing, and the embedded model's tokenizer, to `folder`."""
     torch.manual_seed(0)

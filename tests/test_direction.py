@@ -33,7 +33,7 @@ def recorded(tiny, monkeypatch, tmp_path):
         monkeypatch.setitem(rewards.REWARDS, "by_prompt", redness)
         seen = record(tiny, monkeypatch, tmp_path / "run", 4, {**OPTIONS, **options})
         policy = load_policy(tiny, 4, "fp32", "cpu", get_config().lora_targets, 0)
-        return seen, policy.unet, policy.trainable_parameters()
+        return seen, policy.denoiser, policy.trainable_parameters()
 
     return run
 

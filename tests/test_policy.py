@@ -44,8 +44,8 @@ def guided(policy, guidance_scale=5.0):
 def test_trainable_weights_are_float32(tiny, rank, precision):
     policy = load_policy(tiny, rank, precision, "cpu")
     assert {p.dtype for p in policy.trainable_parameters()} == {torch.float32}
-    trainable = {n for n, p in policy.unet.named_parameters() if p.requires_grad}
-    assert all("lora" in n for n in trainable) if rank else len(trainable) == len(list(policy.unet.parameters()))
+    trainable = {n for n, p in policy.denoiser.named_parameters() if p.requires_grad}
+    assert all("lora" in n for n in trainable) if rank else len(trainable) == len(list(policy.denoiser.parameters()))
     assert guided(policy).dtype == torch.float32
 
 
@@ -65,7 +65,7 @@ def test_what_is_saved_gives_the_trainers_predictions(tiny, tmp_path, rank, prec
         else:
             pipe.unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet", dtype=torch.float32)
         pipe.unet.to(memory_format=torch.channels_last)  # as the trainer's is; else sums go another way round
-        theirs = pipe.unet(latents, t, embeds).sample
+        theirs = pipe.unet(latents, t, embeds.tensors["states"]).sample
     if precision == "fp32":
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # sums go another way round
     else:
@@ -119,7 +119,7 @@ def test_lora_starts_from_its_seed_in_every_precision(tiny):
 def test_lora_targets(tiny, targets):
     policy = load_policy(tiny, 2, "fp32", "cpu", lora_targets=targets)
     targets = targets.replace(" ", "").split(",")
-    names = [n for n, p in policy.unet.named_parameters() if p.requires_grad]
+    names = [n for n, p in policy.denoiser.named_parameters() if p.requires_grad]
     assert names and all(any(f".{t}.lora" in n for t in targets) for n in names)
     assert all(any(f".{t}.lora" in n for n in names) for t in targets)
 
@@ -168,7 +168,7 @@ def test_guidance_is_the_extrapolation_and_scale_one_is_the_prompt_alone(tiny):
     latents, t, embeds = inputs(policy)
     with torch.no_grad():
         cond = policy.forward(latents, t, embeds)
-        uncond = policy.forward(latents, t, policy.embed([""]).expand_as(embeds))
+        uncond = policy.forward(latents, t, policy.embed([""]).expand(3))
     torch.testing.assert_close(guided(policy, 5.0), uncond + 5 * (cond - uncond), rtol=1e-4, atol=1e-5)
     assert torch.equal(guided(policy, 1.0), cond)
 
@@ -336,7 +336,7 @@ def test_denoising_error_is_diffusers_training_loss(request, model, prediction_t
     torch.testing.assert_close(x_t, scheduler.add_noise(x_0, noise, t), rtol=1e-5, atol=1e-5)
     expected = noise if prediction_type == "epsilon" else scheduler.get_velocity(x_0, noise, t)
     torch.testing.assert_close(target, expected, rtol=1e-5, atol=1e-5)
-    output = policy.unet(x_t, t, embeds).sample
+    output = policy.denoiser(x_t, t, embeds.tensors["states"]).sample
     loss = torch.nn.functional.mse_loss(output, expected, reduction="none").mean((1, 2, 3))
     torch.testing.assert_close(Draws(policy.forward(x_t, t, embeds), target).error, loss, rtol=1e-4, atol=1e-5)
     for i, step in enumerate(t.tolist()):  # what diffusers' step takes x_0 to be, for the output and for the target
@@ -375,10 +375,10 @@ def test_dropped_prompts_are_the_empty_prompt(tiny):
     trajectories = Trajectories([], torch.randn(1, 1, *policy.latent_shape()), None, None, policy.scheduler.timesteps)
     rollout = Rollout(policy, config, ALGORITHMS["rwr"], 0, [0], ["a cat"], trajectories)
     rollout.score(torch.zeros(20).long(), torch.arange(20))
-    empty, cat = policy.embed([""])[0], policy.embed(["a cat"])[0]
-    given = [torch.equal(row, empty) for row in seen[0][2]]
+    empty, cat = (policy.embed([text]).tensors["states"][0] for text in ("", "a cat"))
+    given = [torch.equal(row, empty) for row in seen[0][2].tensors["states"]]
     assert given == rollout.draws[1][0].tolist() and 0 < sum(given) < 20
-    assert all(torch.equal(row, empty if dropped else cat) for row, dropped in zip(seen[0][2], given))
+    assert all(torch.equal(row, empty if dropped else cat) for row, dropped in zip(seen[0][2].tensors["states"], given))
 
 
 def test_moving_average(tiny):
@@ -436,8 +436,8 @@ def test_a_compiler_that_loses_gradients_is_refused(tiny):
 def test_embeddings_of_many_prompts_do_not_fill_the_memory(tiny, monkeypatch):
     policy = load_policy(tiny, 4, "fp32", "cpu")
     words = ["a cat", "a dog", "an ant", "a cat"]
-    all_kept = policy.embed(words)
+    all_kept = policy.embed(words).tensors["states"]
     monkeypatch.setattr("ddpo.policy.KEPT_EMBEDDINGS", 2)
     for word, embedding in zip(words, all_kept, strict=True):
-        assert torch.equal(policy.embed([word])[0], embedding)
-    assert torch.equal(policy.embed(words), all_kept) and len(policy._embeddings) == 2
+        assert torch.equal(policy.embed([word]).tensors["states"][0], embedding)
+    assert torch.equal(policy.embed(words).tensors["states"], all_kept) and len(policy._embeddings) == 2

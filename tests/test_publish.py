@@ -149,7 +149,7 @@ def test_what_is_uploaded_is_the_run(tiny, tmp_path, hub, lora_rank):
     if lora_rank:
         assert len(load_file(folder / "pytorch_lora_weights.safetensors")) == len(policy.trainable_parameters())
     else:
-        assert all(torch.equal(a, b) for a, b in zip(said["pipe"].unet.parameters(), policy.unet.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(said["pipe"].unet.parameters(), policy.denoiser.parameters()))
 
 
 def test_dry_run_and_mistakes(tiny, tmp_path, hub, monkeypatch):

@@ -38,7 +38,7 @@ def test_the_dial_is_the_geometric_mean(tiny, scale, eta):
     policy = load_policy(tiny, 0, "fp32", "cpu")
     policy.set_timesteps(20)
     alphas, noise = policy.scheduler.alphas_cumprod, torch.randn(200, 21, *policy.latent_shape())
-    policy._base_unet, policy.unet = (GaussianUNet(mean, 0.5, alphas) for mean in (-1.0, 2.0))
+    policy._base, policy.denoiser = (GaussianUNet(mean, 0.5, alphas) for mean in (-1.0, 2.0))
 
     def latents():
         drawn = sample_with_logprob(policy, ["a cat"] * 200, noise.__getitem__, 1.0, eta, on_images=lambda *_: None)
@@ -46,7 +46,7 @@ def test_the_dial_is_the_geometric_mean(tiny, scale, eta):
 
     policy.rl_scale = scale
     dialled = latents()
-    policy.rl_scale, policy.unet = 1.0, GaussianUNet(-1.0 + 3 * scale, 0.5, alphas)
+    policy.rl_scale, policy.denoiser = 1.0, GaussianUNet(-1.0 + 3 * scale, 0.5, alphas)
     torch.testing.assert_close(dialled, latents(), rtol=1e-4, atol=1e-3)
     assert float(dialled.mean()) == pytest.approx(-1.0 + 3 * scale, rel=0.1)
 

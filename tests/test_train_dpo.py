@@ -94,8 +94,8 @@ def test_loss_and_gradient_are_the_papers(request, votes, model, rank):
 
         h, w = (side * base.pipe.vae_scale_factor for side in base.latent_shape()[1:])
         with torch.no_grad():
-            reference = squared(base.unet, won) - squared(base.unet, lost)
-        inside = -beta / 2 * (squared(policy.unet, won) - squared(policy.unet, lost) - reference)
+            reference = squared(base.denoiser, won) - squared(base.denoiser, lost)
+        inside = -beta / 2 * (squared(policy.denoiser, won) - squared(policy.denoiser, lost) - reference)
         expected = expected - torch.nn.functional.logsigmoid(inside)
         margins.append(inside.item())
     theirs = torch.autograd.grad(expected, parameters)

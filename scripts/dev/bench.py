@@ -84,7 +84,9 @@ def worker(options):
 
     def load(*arguments):
         policy = load_policy(*arguments)
-        policy.unet.register_forward_pre_hook(lambda _, given: passes.append((torch.is_grad_enabled(), len(given[0]))))
+        policy.denoiser.register_forward_pre_hook(
+            lambda _, given: passes.append((torch.is_grad_enabled(), len(given[0])))
+        )
         return policy
 
     ddpo.run.log_metrics, train.load_policy = gate, load
@@ -161,12 +163,13 @@ def make_trl(folder):
 def count_flops(model, options):
     """(sampling, training) floating-point operations of an image in an epoch, without VAE and text encoder: counted on
     the UNet without data ("meta"), forward, and forward and backward."""
+    from ddpo.models import Conditions
     from ddpo.policy import load_policy
 
     policy = load_policy(model, options["lora_rank"], "fp32", "cpu")
-    policy.unet.to("meta")
+    policy.denoiser.to("meta")
     latents = torch.empty(1, *policy.latent_shape(), device="meta")
-    states = policy.embed(["a cat"]).to("meta")
+    states = Conditions({k: v.to("meta") for k, v in policy.embed(["a cat"]).tensors.items()})
     step = torch.ones(1, device="meta")
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         policy.forward(latents, step, states)

@@ -39,12 +39,12 @@ def main(options):
             f.write(json.dumps(line) + "\n")
 
     def judged(epoch):
-        own, judge.unet = judge.unet, pipeline.unet.eval()
+        own, judge.denoiser = judge.denoiser, pipeline.unet.eval()
         rewards = {"reward_mean": REWARDS[options["reward"]]}
         log("evaluation", {"epoch": epoch, **evaluate(
             judge, {"seen": pairs}, options["evaluate.count"], rewards, sample, classifier=classifier
         )[0]})  # fmt: skip
-        judge.unet = own
+        judge.denoiser = own
 
     judged(0)
     step = 0

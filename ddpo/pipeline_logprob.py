@@ -57,7 +57,7 @@ def sample_with_logprob(
     prompts,
     noise,
     guidance_scale,
-    noise_level,
+    eta,
     batch_size=0,
     keep_steps=False,
     progress=None,
@@ -72,7 +72,7 @@ def sample_with_logprob(
         noise: function of an index i in 0..B-1 that returns the (T + 1, C, H, W) standard normal noise of picture i:
             the initial latent, then one for each step. Nothing else is random: `batch_size` changes no result.
         guidance_scale: see `predict_noise`.
-        noise_level: of the steps, see `policy.noise_level`; 0 draws without noise.
+        eta: noise of the steps, DDIM's eta or a flow's noise level (`policy.noise_level`); 0 draws without.
         batch_size: pictures per forward pass; 0 for all at once.
         progress: label of a progress bar, None for none.
         stop: function asked before each batch whether to give up.
@@ -103,7 +103,7 @@ def sample_with_logprob(
         for step, t in enumerate(timesteps):
             t = t.expand(len(batch))
             output = predict_noise(policy, x_t, t, prompt_embeds, negative_embeds, guidance_scale)
-            mean, std = policy.step_mean_std(output, t, x_t, noise_level)
+            mean, std = policy.step_mean_std(output, t, x_t, eta)
             x_t = mean + std * batch_noise[:, step + 1]
             if keep_steps:
                 latents[rows, step + 1], means[rows, step] = x_t, mean

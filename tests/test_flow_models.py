@@ -21,6 +21,7 @@ from test_train import metrics
 from config.base import get_config
 from ddpo.errors import InputError
 from ddpo.likelihood import draw_timesteps_and_noise, noised
+from ddpo.options import check, load_preset
 from ddpo.pipeline_logprob import predict_noise, sample_with_logprob
 from ddpo.policy import load_policy, load_weights, save_weights
 
@@ -207,6 +208,24 @@ def test_end_to_end(request, tmp_path, model, rank, precision, options):
         old = transformer.from_pretrained(folder, subfolder="transformer").state_dict()
         new = transformer.from_pretrained(saved / "transformer").state_dict()
         assert any(not torch.equal(old[key], new[key]) for key in old)
+
+
+@pytest.mark.parametrize(
+    "preset, model",
+    [("sd3:grpo", "tiny_sd35"), ("sd3:fast", "tiny_sd35"), ("flux:lora", "tiny_flux"), ("flux:full", "tiny_flux")],
+)
+def test_presets_fit_their_models(request, preset, model):
+    """Their numbers work for 1 to 8 processes, their LoRA's modules exist, and their options are those of a flow."""
+    config = load_preset("config/" + preset.replace(":", ".py:"))
+    for processes in (1, 2, 8):
+        check(config, processes)
+    policy = load_policy(request.getfixturevalue(model), config.lora_rank, "fp32", "cpu", config.lora_targets)
+    config.sample.height = config.sample.width = 32
+    policy.prepare_sampling(config.sample)
+    assert len(policy.step_stds(policy.noise_level(config.sample))) == config.sample.num_steps
+    if config.lora_rank:
+        names = [n for n, p in policy.denoiser.named_parameters() if p.requires_grad]
+        assert all(any(f"{target}.lora" in n for n in names) for target in config.lora_targets.split(","))
 
 
 def test_options_of_the_other_family(tiny, tiny_sd3, tmp_path):

@@ -63,8 +63,9 @@ def geglu(module, x):
 
 def lora_linear(layer, x):
     """W x + B A x, the second product added to the first as it is computed. The LoRA's scale is 1, without dropout."""
-    if layer.disable_adapters:
-        return layer.base_layer(x)
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     rows = x.flatten(0, -2)
-    return layer.base_layer(rows).addmm_(rows @ down.T, up.T).unflatten(0, x.shape[:-1])
+    output = layer.base_layer(rows)  # of rows even without the LoRA: a slice of tokens would else be rounded otherwise
+    if not layer.disable_adapters:
+        output.addmm_(rows @ down.T, up.T)
+    return output.unflatten(0, x.shape[:-1])

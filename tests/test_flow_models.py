@@ -92,7 +92,8 @@ def test_what_is_saved_gives_the_trainers_predictions(request, tmp_path, model, 
     with torch.no_grad():
         theirs = policy.family.call(pipe.transformer, latents, t, embeds, 4.0)
         ours = policy.forward(latents, t, embeds, 4.0)
-    assert torch.equal(ours, theirs) and (guided(policy) - before).abs().max() > 1e-2
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # sums go another way round
+    assert (guided(policy) - before).abs().max() > 1e-2
     other = load_policy(folder, rank, "fp32", "cpu")
     held = other.trainable_parameters()
     load_weights(other, tmp_path)

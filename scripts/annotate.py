@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from ddpo import prompts
 from ddpo.checkpoint import list_checkpoints
-from ddpo.errors import InputError, at_least, run_script
+from ddpo.errors import InputError, at_least, run_script, seed
 from ddpo.options import load_preset
 from ddpo.pipeline_logprob import draw_noise, sample_with_logprob
 from ddpo.policy import load_policy, load_weights
@@ -384,10 +384,7 @@ def open_model(args):
         config, policy, folder = open_run(args.run)
         load_weights(policy, folder)
         return config, policy
-    try:
-        config = load_preset(args.config)
-    except (OSError, KeyError, SyntaxError) as error:
-        raise InputError(f"--config {args.config}: no preset can be read there ({error})") from error
+    config = load_preset(args.config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return config, load_policy(args.model or config.model, 0, config.precision, device)
 
@@ -404,7 +401,7 @@ def main():
     )
     parser.add_argument("--pairs", type=at_least(1), default=500, help="how many there should be at least")
     parser.add_argument("--output", default="", help="default: RUN/annotations or runs/annotations-NAME")
-    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument(
         "--repeat_every", type=at_least(0), default=10, help="of how many pairs one is asked twice; 0: none"
     )

@@ -103,7 +103,7 @@ class Work:
         advantages = torch.linspace(-1, 1, self.batch_size, device=self.policy.device)
 
         def train(step):
-            terms = rollout.score(everyone, torch.full_like(everyone, step), 0)
+            terms = rollout.score(everyone, torch.full_like(everyone, step))
             loss, _ = algorithm.loss(terms, advantages, self.config.train)
             (loss.sum() / self.batch_size).backward()
             return terms.ratio_error()

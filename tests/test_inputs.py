@@ -1,5 +1,6 @@
 """Mistakes users make: each ends, before any long work, with one line that says what is wrong and what to do."""
 
+import functools
 import shutil
 import signal
 import subprocess
@@ -274,7 +275,8 @@ def test_ctrl_c_leaves_no_traceback(tmp_path, moment):
     folder, log = tmp_path / "model", tmp_path / "log"
     command = [sys.executable, "-X", "importtime", "-m", "scripts.make_random_model", "sd15", str(folder)]
     with open(log, "w") as f:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=f, stderr=f)
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs do not
+        process = subprocess.Popen(command, cwd=ROOT, stdout=f, stderr=f, preexec_fn=heed)
     last = "| scripts\n" if moment == "imports" else "| ddpo.errors\n"  # that and the network's making take seconds
     while last not in log.read_text():
         assert process.poll() is None, log.read_text()[-1000:]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, launch, run
-from PIL import Image
+from PIL import Image, ImageFont
 from test_policy import disturb, guided
 
-from ddpo.images import image_grid
+from ddpo.images import LINES, image_grid
 from ddpo.pipeline_logprob import sample_with_logprob
 from ddpo.policy import load_policy
 from scripts.sample import draw_at_scales, open_run
@@ -84,20 +84,24 @@ def test_the_code_in_docs_draws_the_same(tiny, tmp_path):
     assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1
 
 
-def cells(path, columns, rows, head=0, label=13):
-    """The pictures of a grid, as arrays."""
-    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)[head:]
-    height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
-    return [[pixels[y * height : (y + 1) * height - label - 2, x * width : (x + 1) * width - 2]
-             for x in range(columns)] for y in range(rows)]  # fmt: skip
+def cells(path, columns, rows):
+    """The pictures of a grid, as arrays: squares, as wide as their column, with heads above and labels below them."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    side = pixels.shape[1] // columns - 2
+    line = sum(ImageFont.load_default(max(13, side // 16)).getmetrics())
+    row = side + 2 + LINES * line
+    head = pixels.shape[0] - rows * row
+    assert head in (0, line)
+    return [[pixels[head + y * row :, x * (side + 2) :][:side, :side] for x in range(columns)] for y in range(rows)]
 
 
 def test_heads_stand_over_the_columns():
     red, blue = (Image.new("RGB", (96, 96), colour) for colour in ("red", "blue"))
     plain = image_grid([red, blue] * 2, ["a", "b"] * 2, 2)
     headed = np.asarray(image_grid([red, blue] * 2, ["a", "b"] * 2, 2, heads=["s = 0", "s = 1"]))
-    assert np.array_equal(headed[13:], np.asarray(plain))
-    assert all((headed[:13, x : x + 98] < 128).any() for x in (0, 98))
+    head, half = len(headed) - plain.height, plain.width // 2
+    assert head > 0 and np.array_equal(headed[head:], np.asarray(plain))
+    assert all((headed[:head, x : x + half] < 128).any() for x in (0, half))
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -113,7 +117,7 @@ def test_the_command_line(tiny, tmp_path, rank):
         return folder / "images/samples.png"
 
     (base, finetuned), two = cells(sample("--prompts", "a cat"), 2, 2), range(2)
-    rows = cells(sample("--prompts", "a cat", "--rl_scale", "0", "0.5", "1", "2"), 4, 2, head=13)
+    rows = cells(sample("--prompts", "a cat", "--rl_scale", "0", "0.5", "1", "2"), 4, 2)
     for i in two:
         assert np.array_equal(rows[i][0], base[i]) and np.array_equal(rows[i][2], finetuned[i])
         assert abs(rows[i][2] - rows[i][0]).mean() > 1 and abs(rows[i][3] - rows[i][2]).mean() > 0.5

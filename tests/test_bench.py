@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 
 from scripts.dev.bench_memory import Peak, step_memory
+from scripts.time_to_reward import cost_to, measure
 
 
 def test_bench(tiny, tmp_path):
@@ -61,3 +62,26 @@ def test_step_memory(rank, precision):
     one, two, three = (step_memory("tiny", rank, precision, b, False) for b in (8, 16, 24))
     assert three - two == pytest.approx(two - one, rel=0.05)
     assert step_memory("tiny", rank, precision, 16, True) < two
+
+
+def write_run(folder, sizes, named):
+    """A run's files: an evaluation before each of its epochs of 10 s, 8 s of CPU, 4 queries and 100 passes, and one
+    at the end."""
+    folder.mkdir()
+    costs = {"seconds": 10.0, "cpu_seconds": 8.0, "network_passes": 100}
+    lines = [{"epoch": i, "reward_queries": 4 * (i + 1), **costs} for i in range(len(sizes) - 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    judged = [{"reward_mean": -size, "classifier_accuracy": share} for size, share in zip(sizes, named)]
+    lines = [{"epoch": i, "seen, stochastic": line} for i, line in enumerate(judged)]
+    (folder / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_cost_of_a_reward(tmp_path):
+    """-15% of 2 kB is 1.7, three quarters of the way from 2.0 to 1.6 in the second epoch; not if the animals are gone
+    by then, nor if it never comes."""
+    reached = cost_to(0.15, measure(write_run(tmp_path / "a", [2.0, 2.0, 1.6], [1.0, 1.0, 0.96])))
+    expected = {"seconds": 17.5, "cpu_seconds": 14.0, "reward_queries": 7.0, "network_passes": 175.0}
+    assert reached == pytest.approx(expected)
+    assert cost_to(0.15, measure(write_run(tmp_path / "b", [2.0, 2.0, 1.6], [1.0, 1.0, 0.9]))) is None
+    assert cost_to(0.15, measure(write_run(tmp_path / "c", [2.0, 1.9, 1.8], [1.0, 1.0, 1.0]))) is None

@@ -18,10 +18,12 @@ from pathlib import Path
 import matplotlib
 from huggingface_hub import HfApi, ModelCard, get_token
 from PIL import Image
+from safetensors import safe_open
 
 from ddpo.checkpoint import epoch_of, list_checkpoints
 from ddpo.errors import InputError, run_script
 from ddpo.options import flatten
+from ddpo.policy import LORA_FILE
 from ddpo.rewards import read_terms
 from scripts.results import read_metrics
 
@@ -150,6 +152,15 @@ image = pipe("a cat", {sampling}).images[0]
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
+def is_transformer(checkpoint):
+    """Whether a checkpoint's weights are those of SD 3.x or FLUX.1, not of a UNet."""
+    lora = Path(checkpoint, "lora", LORA_FILE)
+    if not lora.exists():
+        return Path(checkpoint, "transformer").exists()
+    with safe_open(lora, "pt") as f:
+        return any(key.startswith("transformer.") for key in f.keys())
+
+
 def prepare(run, repo, checkpoint, licence, folder, base_model=""):
     """Fills `folder` with what is uploaded: the card, its pictures, config.json of the run, the weights. base_model:
     the hub name of the base model, if the run had it from a folder."""
@@ -166,6 +177,10 @@ def prepare(run, repo, checkpoint, licence, folder, base_model=""):
     checkpoint = checkpoint or list(folders)[-1]
     if not epoch_of(checkpoint):
         raise InputError(f"{run}: {checkpoint} was saved before the first epoch was trained: it is the base model")
+    if is_transformer(folders[checkpoint]):
+        raise InputError(
+            f"{run}: cards are written for Stable Diffusion with a UNet; upload {folders[checkpoint]} by hand"
+        )
     kind = "lora" if config["lora_rank"] else "unet"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

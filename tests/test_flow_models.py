@@ -24,6 +24,7 @@ from ddpo.likelihood import draw_timesteps_and_noise, noised
 from ddpo.options import check, load_preset
 from ddpo.pipeline_logprob import predict_noise, sample_with_logprob
 from ddpo.policy import load_policy, load_weights, save_weights
+from scripts.publish import is_transformer
 
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 PIPELINES = {
@@ -199,6 +200,7 @@ def test_end_to_end(request, tmp_path, model, rank, precision, options):
     if options.get("algorithm") != "nft":
         assert all(line["kl_old"] > 0 for line in lines)
     saved = tmp_path / "whole/checkpoints/epoch_0002"
+    assert is_transformer(saved)  # of which scripts.publish writes no card
     if rank:
         pipe = pipeline.from_pretrained(folder, dtype=torch.float32, **absent)
         pipe.load_lora_weights(str(saved / "lora"))

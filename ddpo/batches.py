@@ -47,9 +47,9 @@ def plan_updates(config, algorithm, epoch, advantages):
 
 def trained_steps(config, process):
     """How many transitions, or draws, of each sample an update sees."""
-    return (
-        round(config.train.timestep_fraction * config.sample.num_steps) if process == "reverse" else config.train.draws
-    )
+    if process == "forward":
+        return config.train.draws
+    return round(config.train.timestep_fraction * config.sample.num_steps)
 
 
 def minibatches(samples, steps, batch_size):

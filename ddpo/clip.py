@@ -29,13 +29,13 @@ def not_found(name, error):
     )
 
 
-def complete(loaded):
+def complete(loaded, files_lack="its files lack"):
     """The model of what `from_pretrained(..., output_loading_info=True)` returned. Raises ValueError if its files lack
     weights, which would else be random numbers."""
     model, info = loaded
     missing = sorted(key for key in info["missing_keys"] if ".pooler." not in f".{key}")  # nothing here reads a pooler
     if missing:
-        raise ValueError(f"its files lack {len(missing)} weights, {missing[0]} the first of them")
+        raise ValueError(f"{files_lack} {len(missing)} weights, {missing[0]} the first of them")
     return model
 
 

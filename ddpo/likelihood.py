@@ -29,8 +29,8 @@ class Transitions(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """B samples x_0, each noised at a random timestep t: x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) noise. All but
-    x_0_scale are (B, C, H, W) float32, in the space of the network's output: noise, v or x_0, by `prediction_type`."""
+    """B samples x_0, each noised to an x_t at a random timestep (`noised`). All but x_0_scale are (B, C, H, W) float32,
+    in the space of the network's output: noise, v or x_0, by `prediction_type`, or a flow's velocity."""
 
     output: torch.Tensor  # network(x_t, t, c) under the weights being trained
     target: torch.Tensor  # what it is to predict, of this x_0 and this noise
@@ -50,7 +50,7 @@ class Draws(NamedTuple):
         return mean_square(self.output - self.base)
 
     def ratio_error(self):
-        """0: `old` is computed by the same kernels, but not in the same pass."""
+        """0: no step was taken and recorded that training would have to reproduce."""
         return torch.zeros_like(self.error)
 
 
@@ -108,35 +108,37 @@ class Rollout:
         return self.policy.step_log_prob(self.latents[sample, step + 1], mean, std)
 
     def _draws(self, sample, step):
-        t, dropped, noise = (values[sample, step] for values in self.draws)
-        x_0, embeds = self.latents[sample, -1], self.prompt_embeds[sample]
-        embeds = embeds.replace(dropped, self.negative_embeds)
-        x_t, target, x_0_scale = noised(self.policy.scheduler, x_0, noise, t)
-        output, old, base = self.policy.forward(x_t, t, embeds), None, None
+        given, target, x_0_scale = self._noised(sample, step)
+        output, old, base = self.policy.forward(*given), None, None
         if "old" in self.algorithm.needs:  # before any update it is the output itself
             old = output.detach() if self.old_outputs is None else self.old_outputs[sample, step]
         if "base" in self.algorithm.needs or self.config.train.kl_weight:
             with torch.no_grad(), self.policy.base():
-                base = self.policy.forward(x_t, t, embeds)
+                base = self.policy.forward(*given)
         return Draws(output, target, old, base, x_0_scale)
+
+    def _noised(self, sample, step):
+        """What the network is given of B draws, (x_t, t, Conditions); its target; and x_0_scale, as in `Draws`."""
+        t, dropped, noise = (values[sample, step] for values in self.draws)
+        x_t, target, x_0_scale = noised(self.policy.scheduler, self.latents[sample, -1], noise, t)
+        return (x_t, t, self.prompt_embeds[sample].replace(dropped, self.negative_embeds)), target, x_0_scale
 
     @torch.no_grad()
     def rescore(self, plan):
         """Computes the old means and log-probs anew, in the batches of training; on the forward process, the old
         outputs. plan: of `plan_updates`. The last pass comes first, so that a transition that several passes see has
         the value that the first will find."""
-        if self.algorithm.process == "forward":
-            old_outputs = torch.empty_like(self.draws[-1])
+        forward = self.algorithm.process == "forward"
+        if forward:
+            self.old_outputs = torch.empty_like(self.draws[-1])
         for minibatches in reversed(plan):
             for sample, step in minibatches:
-                if self.algorithm.process == "forward":
-                    old_outputs[sample, step] = self._draws(sample, step).output
-                    continue
-                mean, std = self._mean_std(sample, step)
-                self.old_means[sample, step] = mean
-                self.old_log_probs[sample, step] = self._log_prob(sample, step, mean, std)
-        if self.algorithm.process == "forward":
-            self.old_outputs = old_outputs
+                if forward:
+                    self.old_outputs[sample, step] = self.policy.forward(*self._noised(sample, step)[0])
+                else:
+                    mean, std = self._mean_std(sample, step)
+                    self.old_means[sample, step] = mean
+                    self.old_log_probs[sample, step] = self._log_prob(sample, step, mean, std)
 
     def describe(self, sample, step):
         """Names a transition, or draw, in an error message: the first of B."""

@@ -207,11 +207,17 @@ def dpo(terms, weights, options):
 
     Published on pairs that people chose, once; here the pairs are the epoch's own.
     """
-    excess = terms.error - mean_square(terms.base - terms.target)
-    first, second = excess.view(-1, 2).unbind(1)
-    margin = weights.view(-1, 2)[:, 0].sign() * (first - second)  # the best's less the worst's
-    loss = -logsigmoid(-options.dpo_beta / 2 * margin)
+    error, base_error = (e.view(-1, 2).T for e in (terms.error, mean_square(terms.base - terms.target)))
+    margin = preference_margin(error, base_error, options.dpo_beta)
+    loss = -logsigmoid(weights.view(-1, 2)[:, 0].sign() * margin)
     return weights.abs() * loss.repeat_interleave(2), {}
+
+
+def preference_margin(error, base_error, beta):
+    """How far Diffusion-DPO's implicit reward, -beta / 2 (error - base error), prefers the first image of each pair to
+    the second: (B,) of denoising errors (2, B)."""
+    gain = base_error - error
+    return beta / 2 * (gain[0] - gain[1])
 
 
 class Algorithm(NamedTuple):

@@ -28,6 +28,7 @@ from diffusers import (
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from safetensors import SafetensorError
 
+from ddpo.clip import complete
 from ddpo.ddim_logprob import ddim_step_mean_std, gaussian_log_prob
 from ddpo.errors import InputError
 from ddpo.flow_logprob import flow_log_prob, flow_step_mean_std
@@ -260,9 +261,5 @@ def load_networks(model, index):
 
 def load_network(kind, folder, **options):
     """kind.from_pretrained(folder), in float32. Raises ValueError if its files lack weights."""
-    network, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        part = options.get("subfolder", "its folder")
-        raise ValueError(f"{part} lacks {len(missing)} weights, {missing[0]} the first of them")
-    return network
+    loaded = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    return complete(loaded, f"{options.get('subfolder', 'its folder')} lacks")

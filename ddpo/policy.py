@@ -27,12 +27,8 @@ from ddpo.models import Conditions, load_model, load_network
 
 transformers.logging.set_verbosity_warning()
 disable_progress_bar()  # of loading a pipeline's parts; downloads keep theirs
-PRECISIONS = {
-    "fp32": None,
-    "tf32": None,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}  # the network's, if not float32
+# The network's dtype, if not float32.
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEPT_EMBEDDINGS = 1024  # prompts, the newest: 0.24 GB of host memory for Stable Diffusion 1.x, 0.7 GB for SDXL
 LORA_FILE = "pytorch_lora_weights.safetensors"
 

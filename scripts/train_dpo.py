@@ -34,6 +34,7 @@ from ddpo.batches import own_samples
 from ddpo.errors import InputError, choose
 from ddpo.evaluation import load_evaluation
 from ddpo.likelihood import draw_timesteps_and_noise, mean_square, noised
+from ddpo.losses import preference_margin
 from ddpo.optimizer import Optimizer, blame_gradient
 from ddpo.policy import load_policy
 from ddpo.prompts import check_length
@@ -47,12 +48,6 @@ MEASURED = 4  # draws of (timestep, noise) by which a pair is measured
 
 
 # ---------------------------------------------------------------------------------------------------------- the losses
-def margin(error, base_error, beta):
-    """r(left) - r(right) (B,) of pairs' denoising errors (2, B), those of the left pictures first."""
-    gain = base_error - error
-    return beta / 2 * (gain[0] - gain[1])
-
-
 def correct(margin, vote):
     """1 (B,) where a margin has the sign of the vote (1: left, 0: right), 0 where it has not; 0.5 at 0 and for ties."""
     return 1 - (vote - 0.5 - 0.5 * margin.sign()).abs()
@@ -60,7 +55,7 @@ def correct(margin, vote):
 
 def dpo(error, base_error, vote, beta):
     """The loss (B,) of the votes (B,): 1 for left, 0 for right, 0.5 for a tie; and {name: (B,)} to log."""
-    r = margin(error, base_error, beta)
+    r = preference_margin(error, base_error, beta)  # r(left) - r(right)
     loss = F.binary_cross_entropy_with_logits(r, vote, reduction="none")
     return loss, {"accuracy": correct(r.detach(), vote), "margin": (r.detach() * (2 * vote - 1))}
 
@@ -158,7 +153,7 @@ class Pairs:
             for k in range(MEASURED):
                 t = torch.full((len(rows),), int((k + 0.5) * steps / MEASURED), device=self.policy.device)
                 errors = self.errors(rows.tolist(), [(i, k) for i in rows.tolist()], t=t)
-                total = total + margin(*errors, self.options.dpo_beta) / MEASURED
+                total = total + preference_margin(*errors, self.options.dpo_beta) / MEASURED
             margins.append(total)
         margins = torch.cat(margins)
         clear = self.vote != 0.5

@@ -2,100 +2,102 @@
 
 A sweep is a function without arguments that returns {"PANEL-CURVE": options}, by their place in the figure; options are
 those of train.py's command line, by dotted name, "config" being the preset. Every learning rate of a tuple is tried on
-the first seed; the one with the highest mean reward in the last three epochs is then run on the other seeds. A job is
-called PANEL-CURVE-lrRATE-seedSEED.
+the first seed, and the best (scripts/sweep.py: best_rates) is run on the other seeds. A job is called
+PANEL-CURVE-lrRATE-seedSEED.
 
-The settings are small, for two CPU cores: 32 images of 5 steps an epoch instead of the preset's 128 of 10. They are
-those of the figures that are committed, older than the working point of config/emoji.py: no guidance, all steps, no KL.
+All are on the working point of config/emoji.py. Batches are a GPU's, on which sixteen jobs ran side by side.
 """
 
 SEEDS = (0, 1, 2)
-WARMUP_EPOCHS = 4  # of a rising learning rate: Adam's first updates would else cost more than a short run gains
-SMALL = {
-    "grid_every": 0, "grid_images": 6, "save_every": 1, "keep_checkpoints": 1, "num_epochs": 12,
-    "sample.num_steps": 5, "sample.images_per_epoch": 32, "sample.batch_size": 8, "train.batch_size": 8,
-    "train.updates_per_epoch": 4, "train.warmup_updates": 4 * WARMUP_EPOCHS, "sample.guidance_scale": 1.0,
-    "train.clip_range": 1e-2, "train.timestep_choice": "random", "train.timestep_fraction": 1.0, "train.kl_weight": 0.0,
-    "train.ema_decay": 0.0, "stats.shrinkage": 0.0,
+COMMON = {
+    "precision": "bf16", "grid_every": 0, "grid_images": 6, "save_every": 4, "keep_checkpoints": 1, "num_epochs": 12,
+    "sample.batch_size": 128, "train.batch_size": 80,
+    "evaluate.every": 4, "evaluate.limit": 45, "evaluate.clip": "",
 }  # fmt: skip
 TASKS = ("compressibility", "incompressibility", "aesthetic")
-DDPO_RATES, RWR_RATES = (1e-4, 3e-4, 1e-3), (3e-5, 1e-4, 3e-4)  # three each; RWR makes five times as many updates
-LONG = {
-    "num_epochs": 20, "train.learning_rate": (3e-4,), "held_out": 1 / 3, "evaluate.every": 5, "grid_every": 5,
-}  # fmt: skip
+ONE_UPDATE = {"train.updates_per_epoch": 1, "train.warmup_updates": 2}
 GROUPS = {"sample.images_per_prompt": 4}
+# On the finished picture, with the settings of config/contestants.py.
+FORWARD = {**ONE_UPDATE, "train.kl_weight": 0.0, "train.prompt_dropout": 0.0, "train.draws": 4}
+# RWR and its kind, with as many passes with gradient in an epoch as DDPO makes: 1,280 predictions.
+REGRESSION = {"train.kl_weight": 0.0, "train.draws": 10}
+ALGORITHMS = {  # curve of fig4 -> learning rates, options
+    "ddpo_is": ((1e-4, 3e-4), {}),
+    "ddpo_sf": ((1e-4, 3e-4), ONE_UPDATE),
+    "rwr": ((1e-5, 3e-5, 1e-4), REGRESSION),
+    "rwr_sparse": (
+        (1e-5, 3e-5, 1e-4),
+        {**REGRESSION, "train.updates_per_epoch": 1, "train.inner_epochs": 10, "train.warmup_updates": 20},
+    ),
+    "best_of_n": (
+        (1e-5, 3e-5, 1e-4),
+        {**REGRESSION, **GROUPS, "train.updates_per_epoch": 2, "train.inner_epochs": 4},
+    ),
+    "nft": ((1e-4, 3e-4), FORWARD),
+    "awm": ((1e-4, 3e-4), FORWARD),
+    "ram": ((1e-4, 3e-4), {**FORWARD, "train.ram_scale": 4.0}),
+    "dpo": ((3e-5, 1e-4), {**FORWARD, **GROUPS}),
+}
 ABLATIONS = {  # panel -> what the default is called, and the options of each other value
-    "clip_range": ("0.01", {"0.001": {"train.clip_range": 1e-3}}),
-    "updates": ("4", {"1": {"train.updates_per_epoch": 1}}),
-    "warmup_updates": ("0", {"16": {"train.warmup_updates": 16}}),
-    "guidance": ("none", {
-        "both": {"sample.guidance_scale": 3.0},
-        "sampling": {"sample.guidance_scale": 3.0, "train.guidance": False},
+    "clip_range": ("0.002", {
+        "5e-4": {"train.clip_range": 5e-4}, "none": {"train.clip_range": 1.0},
+        "target_kl": {"train.clip_range": 1.0, "train.target_kl": 2e-3},
     }),
+    "updates": ("8", {"1": {**ONE_UPDATE, "train.learning_rate": (3e-4,)}}),
+    "warmup_updates": ("16", {"0": {"train.warmup_updates": 0}}),
+    "guidance": ("both", {"none": {"sample.guidance_scale": 1.0}, "sampling": {"train.guidance": False}}),
     "advantage": ("per_prompt", {
-        "per_group": {"advantage": "per_group", **GROUPS},
-        "leave_one_out": {"advantage": "leave_one_out", **GROUPS},
+        "per_group": {"advantage": "per_group", **GROUPS}, "leave_one_out": {"advantage": "leave_one_out", **GROUPS},
         "whole_epoch": {"advantage": "whole_epoch"},
     }),
-    "timestep_fraction": ("1", {"0.2": {"train.timestep_fraction": 0.2}}),
-    "kl_weight": ("0", {"10": {"train.kl_weight": 10.0}}),
+    "shrinkage": ("3", {"0": {"stats.shrinkage": 0.0}}),
+    "timesteps": ("first half", {"all": {"train.timestep_choice": "random", "train.timestep_fraction": 1.0}}),
+    "kl_weight": ("0.01", {"0": {"train.kl_weight": 0.0}, "0.1": {"train.kl_weight": 0.1}}),
+    "ema": ("0.9", {"0": {"train.ema_decay": 0.0}}),
 }  # fmt: skip
 
 
 def fig4():
-    """Reward against reward queries for each algorithm, each tuned for each reward by itself. All make as many network
-    evaluations with gradient in an epoch as it has steps (RWR-sparse keeps a quarter of the samples and repeats those).
-    "unweighted" is RWR with all weights 1: what training on one's own samples does without any reward."""
-    curves, steps = {}, SMALL["sample.num_steps"]
+    """Reward against reward queries for each algorithm, at the best of its learning rates for each reward."""
+    curves = {}
     for task in TASKS:
-        for name, rates, updates, inner_epochs, options in (
-            ("ddpo_is", DDPO_RATES, 4, 1, {}),
-            ("ddpo_sf", DDPO_RATES, 1, 1, {}),
-            ("rwr", RWR_RATES, 4, steps, {}),
-            ("rwr_sparse", RWR_RATES, 1, 4 * steps, {"train.keep_percentile": 75.0}),
-        ):
+        for name, (rates, options) in ALGORITHMS.items():
+            tilt = {"train.inverse_temperature": 1.5 if task == "aesthetic" else 5.0}  # 1.5 a standard deviation
             curves[f"{task}-{name}"] = {
-                **SMALL, "config": f"config/emoji.py:{task},full", "algorithm": name, "train.learning_rate": rates,
-                "train.updates_per_epoch": updates, "train.inner_epochs": inner_epochs,
-                "train.warmup_updates": WARMUP_EPOCHS * updates * inner_epochs, "evaluate.every": 12, **options,
+                **COMMON, "config": f"config/emoji.py:{task},full", "algorithm": name, "train.learning_rate": rates,
+                **(tilt if name == "rwr" else {}), **options,
             }  # fmt: skip
-    for task in ("compressibility", "aesthetic"):  # incompressibility is the former upside down
-        unweighted = {"train.inverse_temperature": 0.0, "train.learning_rate": RWR_RATES[1:2]}
-        curves[f"{task}-unweighted"] = curves[f"{task}-rwr"] | unweighted
     return curves
 
 
 def fig5():
     """Alignment with a third of the animal-activity pairs held out, evaluated on both; fig6 draws it too."""
-    # In 3 steps: in 5 the base model's alignment, 2.04, is near that of pictures drawn right, 2.12. Groups of a prompt,
-    # small steps and a warm-up, since pictures that are right are easily spoilt; the last of 3 steps has little noise.
-    options = {
-        "config": "config/emoji.py:alignment,full", "evaluate.limit": 45, "sample.num_steps": 3, **GROUPS,
-        "advantage": "per_group", "sample.images_per_epoch": 64, "sample.batch_size": 16, "train.batch_size": 16,
-        "train.sigma_weighting": True,
-    }  # fmt: skip
-    return {"alignment-ddpo_is": {**SMALL, **LONG, **options, "train.learning_rate": (1e-4,)}}
+    return {"alignment-ddpo_is": {
+        **COMMON, "config": "config/emoji.py:alignment", "num_epochs": 16, "held_out": 1 / 3, "grid_every": 4,
+        "train.learning_rate": (1e-3,),
+    }}  # fmt: skip
 
 
 def fig7():
-    """Compressibility with a third of the animals held out, and no stop; fig6 draws it too."""
-    options = {"config": "config/emoji.py:compressibility,full", "evaluate.rewards": "clipscore:models/emoji/clip"}
-    return {"compressibility-ddpo_is": {**SMALL, **LONG, **options}}
+    """Compressibility with a third of the animals held out and nothing that holds the policy: no guidance, no KL
+    penalty; fig6 draws it too."""
+    return {"compressibility-ddpo_is": {
+        **COMMON, "config": "config/emoji.py:compressibility", "num_epochs": 16, "held_out": 1 / 3, "grid_every": 4,
+        "train.learning_rate": (1e-4,), "sample.guidance_scale": 1.0, "train.kl_weight": 0.0,
+        "evaluate.rewards": "clipscore:models/emoji/clip", "evaluate.clip": "models/emoji/clip",
+    }}  # fmt: skip
 
 
 def lora():
     """LoRA of several ranks, each at its best learning rate; full finetuning beside it is fig4's ddpo_is."""
-    preset = {**SMALL, "config": "config/emoji.py:compressibility,lora", "train.learning_rate": (1e-3, 5e-3)}
-    preset |= {"num_epochs": 6, "evaluate.every": 6}
+    preset = {**COMMON, "config": "config/emoji.py:compressibility,lora", "train.learning_rate": (1e-3, 3e-3)}
     return {f"compressibility-rank_{rank}": {**preset, "lora_rank": rank} for rank in (1, 4, 16, 64)}
 
 
 def ablations():
-    """Panels of ABLATIONS, a curve per value that is not the default; all else as for ddpo_is in fig4, but
-    5 epochs and no warm-up."""
+    """Panels of ABLATIONS, a curve per value that is not the default's; all else as in config/emoji.py, 8 epochs."""
     common = {
-        **SMALL, "config": "config/emoji.py:compressibility,full", "train.learning_rate": (3e-4,), "num_epochs": 5,
-        "train.warmup_updates": 0, "evaluate.every": 5, "evaluate.rewards": "clipscore:models/emoji/clip",
+        **COMMON, "config": "config/emoji.py:compressibility,full", "train.learning_rate": (1e-4,), "num_epochs": 8,
     }  # fmt: skip
     curves = {"default-default": common}
     for panel, (_, values) in ABLATIONS.items():

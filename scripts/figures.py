@@ -26,7 +26,7 @@ from ddpo.images import grid_columns  # noqa: E402
 from ddpo.losses import ALGORITHMS  # noqa: E402
 from ddpo.options import flatten  # noqa: E402
 from scripts.plot import plot_band  # noqa: E402
-from scripts.results import read_pictures, read_results  # noqa: E402
+from scripts.results import gain_while_named, read_pictures, read_results  # noqa: E402
 from scripts.sweep import best_rates, final_reward  # noqa: E402
 
 LABELS = {
@@ -260,16 +260,6 @@ def draw_ablations(jobs):
     return figure
 
 
-def reward_at(named, gains, share=0.95):
-    """The gain in reward at which a run's share of named animals first falls below `share`, between evaluations by a
-    straight line; None if it never does."""
-    for before, after in zip(range(len(named)), range(1, len(named))):
-        if named[after] < share <= named[before]:
-            part = (named[before] - share) / (named[before] - named[after])
-            return gains[before] + part * (gains[after] - gains[before])
-    return None
-
-
 def draw_frontier():
     """What each setting of results/working_point gained, against the animals that a classifier still names: a line per
     run, from the base model on, a dot per evaluation. Prints the gain at which 95% are named."""
@@ -286,9 +276,9 @@ def draw_frontier():
         rewards, named = (np.array([s[key] for s in sections]) for key in ("reward_mean", "classifier_accuracy"))
         gains = (rewards - rewards[0]) / abs(rewards[0])
         axes.plot(100 * gains, 100 * named, ".-", label=name.removeprefix("guided, "), linewidth=1)
-        at = reward_at(named, gains)
+        at, fell = gain_while_named(line["evaluations"])
         print(f"{name}: {gains[-1]:+.1%} with {named[-1]:.1%} named at the end; "
-              + (f"{at:+.1%} at 95% named" if at is not None else "95% are named throughout"))  # fmt: skip
+              + (f"{at / abs(rewards[0]):+.1%} at 95% named" if fell else "95% are named throughout"))  # fmt: skip
     panels[0].set_ylabel("animals named, %")
     for axes in panels:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=7)

@@ -33,6 +33,21 @@ def read_results(path):
         raise InputError(f"{path} has a line that is not the result of a run") from error
 
 
+def gain_while_named(evaluations, share=0.95, section="seen, stochastic"):
+    """The reward that a run gained while its pictures stayed what they are: at the point where the share of animals
+    that a classifier names first falls below `share`, by a straight line between evaluations; at the last evaluation
+    if it never does. evaluations: lines of evaluation.jsonl, the base model's first. Returns the gain, in the unit of
+    the reward, and whether the share did fall."""
+    rewards, named = (
+        np.array([line[section][key] for line in evaluations]) for key in ("reward_mean", "classifier_accuracy")
+    )
+    for before, after in zip(range(len(named)), range(1, len(named))):
+        if named[after] < share <= named[before]:
+            part = (named[before] - share) / (named[before] - named[after])
+            return rewards[before] + part * (rewards[after] - rewards[before]) - rewards[0], True
+    return rewards[-1] - rewards[0], False
+
+
 def read_metrics(run):
     """{key: array over epochs} of a run's metrics.jsonl: those keys that all its lines have."""
     path = os.path.join(run, "metrics.jsonl")

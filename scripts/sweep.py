@@ -28,7 +28,14 @@ from ddpo.checkpoint import list_checkpoints
 from ddpo.errors import InputError, at_least, check_folder, choose, run_script
 from ddpo.options import NO_EFFECT, flatten, load_preset, read_options
 from scripts.provenance import commit, processor
-from scripts.results import add_pictures, add_result, read_metrics, read_results
+from scripts.results import (
+    add_pictures,
+    add_result,
+    gain_while_named,
+    read_metrics,
+    read_results,
+    summarise,
+)  # fmt: skip
 
 
 def train_command(options, threads):
@@ -71,7 +78,7 @@ def collect(run_dir, results, sweep, job, facts):
     facts["seconds"] = round(float(metrics["seconds"].sum()), 1)
     facts["weights_mb"] = round(sum(map(os.path.getsize, weights)) / 1e6, 3)
     path = os.path.join(results, f"{sweep}.jsonl")
-    curves, finished = SWEEPS[sweep](), read_results(path) | {job: {"metrics": metrics}}
+    curves, finished = SWEEPS[sweep](), read_results(path) | {job: summarise(run_dir) | {"metrics": metrics}}
     for curve, rate in best_rates(curves, finished).items():
         if sweep in PICTURED and job == job_of(curve, curves[curve], rate, SEEDS[0])[0]:
             grids = sorted(glob.glob(os.path.join(glob.escape(run_dir), "images", "epoch_*.png")))
@@ -82,18 +89,26 @@ def collect(run_dir, results, sweep, job, facts):
 
 
 def final_reward(metrics):
-    """What a run came to: the mean reward of its last three epochs."""
+    """The mean reward of a run's last three epochs."""
     return metrics["reward_mean"][-3:].mean()
 
 
+def outcome(line):
+    """What a run came to: the reward gained while 95% of the animals are still named, if that was evaluated, or its
+    final reward. line: of a sweep's results."""
+    evaluations = line["evaluations"]
+    named = evaluations and "classifier_accuracy" in evaluations[-1]["seen, stochastic"]
+    return gain_while_named(evaluations)[0] if named else final_reward(line["metrics"])
+
+
 def best_rates(curves, results):
-    """{curve: learning rate} by the final reward of the finished jobs on the first seed. results: {job: its line}."""
+    """{curve: learning rate} by the outcome of the finished jobs on the first seed. results: {job: its line}."""
     best = {}
     for curve, options in curves.items():
         jobs = {rate: job_of(curve, options, rate, SEEDS[0])[0] for rate in options["train.learning_rate"]}
-        rewards = {rate: final_reward(results[job]["metrics"]) for rate, job in jobs.items() if job in results}
-        if rewards:
-            best[curve] = max(rewards, key=rewards.get)
+        outcomes = {rate: outcome(results[job]) for rate, job in jobs.items() if job in results}
+        if outcomes:
+            best[curve] = max(outcomes, key=outcomes.get)
     return best
 
 

@@ -12,7 +12,7 @@ from test_train import metrics
 from config.sweeps import tuning_jobs
 from ddpo.errors import InputError
 from scripts import figures, sweep
-from scripts.results import add_pictures, read_pictures, read_results
+from scripts.results import add_pictures, gain_while_named, read_pictures, read_results
 
 
 def command(monkeypatch, capsys, main, *arguments):
@@ -100,9 +100,15 @@ def test_pictures_come_back_as_they_were_added(tmp_path):
     assert read_pictures(path) == {"a": {0: grids[3], 5: grids[4], 10: grids[5]}, "b": {12: large}}
 
 
-def test_the_reward_at_a_share_of_animals_is_interpolated():
-    assert figures.reward_at(np.array([1.0, 0.97, 0.93, 0.5]), np.array([0.0, 0.1, 0.2, 0.3])) == pytest.approx(0.15)
-    assert figures.reward_at(np.array([1.0, 0.99]), np.array([0.0, 0.1])) is None
+def test_the_gain_at_a_share_of_animals_is_interpolated():
+    def evaluations(named, rewards):
+        pairs = zip(named, rewards)
+        return [{"seen, stochastic": {"classifier_accuracy": n, "reward_mean": r}} for n, r in pairs]
+
+    gain, fell = gain_while_named(evaluations([1.0, 0.97, 0.93, 0.5], [-2.0, -1.9, -1.8, -1.0]))
+    assert gain == pytest.approx(0.15) and fell
+    gain, fell = gain_while_named(evaluations([1.0, 0.99], [-2.0, -1.9]))
+    assert gain == pytest.approx(0.1) and not fell
 
 
 def test_a_sweep_that_is_stopped_tells_its_jobs_and_waits_for_them(tmp_path, monkeypatch):

@@ -19,8 +19,7 @@ ONE_UPDATE = {"train.updates_per_epoch": 1, "train.warmup_updates": 2}
 GROUPS = {"sample.images_per_prompt": 4}
 # On the finished picture, with the settings of config/contestants.py.
 FORWARD = {**ONE_UPDATE, "train.kl_weight": 0.0, "train.prompt_dropout": 0.0, "train.draws": 4}
-# RWR and its kind, with as many passes with gradient in an epoch as DDPO makes: 1,280 predictions.
-REGRESSION = {"train.kl_weight": 0.0, "train.draws": 10}
+REGRESSION = {"train.kl_weight": 0.0, "train.draws": 4}  # RWR and its kind: more updates with less of each picture
 ALGORITHMS = {  # curve of fig4 -> learning rates, options
     "ddpo_is": ((1e-4, 3e-4), {}),
     "ddpo_sf": ((1e-4, 3e-4), ONE_UPDATE),

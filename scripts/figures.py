@@ -30,11 +30,13 @@ from scripts.results import gain_while_named, read_pictures, read_results  # noq
 from scripts.sweep import best_rates, final_reward  # noqa: E402
 
 LABELS = {
-    "ddpo_is": "DDPO-IS", "ddpo_sf": "DDPO-SF", "rwr": "RWR", "rwr_sparse": "RWR-sparse", "unweighted": "no reward",
+    "ddpo_is": "DDPO-IS", "ddpo_sf": "DDPO-SF", "rwr": "RWR", "rwr_sparse": "RWR-sparse", "best_of_n": "best of n",
+    "nft": "NFT", "awm": "AWM", "ram": "RAM", "dpo": "online DPO",
     "rank_1": "rank 1", "rank_4": "rank 4", "rank_16": "rank 16", "rank_64": "rank 64",
     "compressibility": "compressibility: - kB", "incompressibility": "incompressibility: kB",
     "aesthetic": "a reward learned from choices",
 }  # fmt: skip
+PAPER = ("ddpo_is", "ddpo_sf", "rwr", "rwr_sparse")  # fig4's first row
 plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 plt.rcParams["svg.hashsalt"] = "ddpo"  # the same file for the same numbers
 
@@ -57,6 +59,11 @@ class Job:
     def queries_evaluated(self):
         """(E,) reward queries before each evaluation."""
         return np.array([e["epoch"] for e in self.evaluations]) * self.options["sample.images_per_epoch"]
+
+    def passes_evaluated(self):
+        """(E,) predictions of the network that training took before each evaluation, a batch of n images being n."""
+        passes = np.cumsum([0, *self.metrics["network_passes"]])
+        return passes[[e["epoch"] for e in self.evaluations]]
 
 
 def read_jobs(results, sweep):
@@ -115,31 +122,54 @@ def draw_over_training(axes_of, job, indices):
 
 
 def draw_fig4(jobs):
-    """Reward against reward queries: a panel per task, a curve per algorithm; below, what the first seed draws last,
-    with the share of all seeds' animals that a classifier, which is no reward, names."""
+    """What each algorithm gained on fixed noise: a column per task; the paper's algorithms and the newer ones against
+    reward queries, all against network passes. Below, what the first seed draws last. A dot per evaluation is hollow
+    where less than 95% of the animals are named by a classifier that is no reward. Prints the gain up to there."""
     panels = [label for label in LABELS if any(job.panel == label for job in jobs)] or sorted({j.panel for j in jobs})
-    figure = plt.figure(figsize=(3.0 * max(2, len(panels)), 4.4), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[1.6, 1])
-    handles = {}
-    columns = zip(
-        panels, above.subplots(1, len(panels), squeeze=False)[0], np.atleast_1d(below.subfigures(1, len(panels)))
-    )
-    for panel, axes, strip in columns:
-        curves = by_curve(jobs, panel)
-        for curve, mine in curves.items():
-            plot_band(axes, mine[0].metrics["reward_queries"], rewards_of(mine), LABELS.get(curve, curve))
-        for line in axes.lines:
-            handles.setdefault(line.get_label(), line)
-        axes.set(title=LABELS.get(panel, panel), xlabel="reward queries")
-        for picture, (curve, mine) in zip(strip.subplots(1, len(curves), squeeze=False)[0], curves.items()):
-            title = LABELS.get(curve, curve)
-            if mine[0].evaluations:
-                named = [job.evaluated("seen, stochastic", "classifier_accuracy")[-1] for job in mine]
-                title += f"\n{np.mean(named):.0%} named"
-            show(picture, mine[0], max(mine[0].grids), range(min(3, mine[0].options["grid_images"])), title)
-    above.axes[0].set_ylabel("mean reward of an epoch")
-    above.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    figure = plt.figure(figsize=(3.3 * max(2, len(panels)), 8.6), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[4.2, 1])
+    grid = above.subplots(3, len(panels), squeeze=False, sharey="col")
+    curves = list(dict.fromkeys(curve for panel in panels for curve in by_curve(jobs, panel)))
+    colours = dict(zip(curves, plt.cm.tab10.colors))
+    newer = [curve for curve in curves if curve not in PAPER]
+    rows = (
+        ("reward queries", PAPER, Job.queries_evaluated),
+        ("reward queries", ("ddpo_is", *newer), Job.queries_evaluated),
+        ("network passes", curves, Job.passes_evaluated),
+    )  # fmt: skip
+    for column, panel in zip(grid.T, panels):
+        mine = by_curve(jobs, panel)
+        for axes, (xlabel, names, x_of) in zip(column, rows):
+            for curve in (c for c in mine if c in names):
+                draw_gains(axes, mine[curve], x_of, colours[curve], LABELS.get(curve, curve))
+            axes.set(xlabel=xlabel)
+        column[0].set_title(LABELS.get(panel, panel))
+        for curve, its in mine.items():
+            gains = [gain_while_named(job.evaluations) for job in its]
+            print(f"{panel} {curve}: " + ", ".join(
+                f"{gain:+.2f}{' (95% named)' if fell else ''}" for gain, fell in gains))  # fmt: skip
+    for axes in grid[:, 0]:
+        axes.set_ylabel("gain in reward")
+    handles = [plt.Line2D([], [], color=colours[curve], marker=".") for curve in curves]
+    above.legend(handles, [LABELS.get(c, c) for c in curves], loc="outside lower center", ncols=5, fontsize=8)
+    for panel, strip in zip(panels, np.atleast_1d(below.subfigures(1, len(panels)))):
+        mine = by_curve(jobs, panel)
+        for axes, (curve, its) in zip(strip.subplots(1, len(mine), squeeze=False)[0], mine.items()):
+            named = np.mean([job.evaluated("seen, stochastic", "classifier_accuracy")[-1] for job in its])
+            title = f"{LABELS.get(curve, curve).replace(' ', chr(10)).replace('-', chr(10))}\n{named:.0%}"
+            show(axes, its[0], max(its[0].grids), range(min(3, its[0].options["grid_images"])), title)
     return figure
+
+
+def draw_gains(axes, jobs, x_of, colour, label):
+    """The mean gain of a curve's seeds over the base model at each evaluation, in a band from lowest to highest."""
+    rewards = np.array([job.evaluated("seen, stochastic", "reward_mean") for job in jobs])
+    named = np.mean([job.evaluated("seen, stochastic", "classifier_accuracy") for job in jobs], axis=0)
+    gains, x = rewards - rewards[:, :1], np.mean([x_of(job) for job in jobs], axis=0)
+    axes.plot(x, gains.mean(0), color=colour, label=label, linewidth=1.2)
+    axes.fill_between(x, gains.min(0), gains.max(0), color=colour, alpha=0.12, linewidth=0)
+    axes.scatter(x, gains.mean(0), s=14, color=["white" if n < 0.95 else colour for n in named], edgecolors=[colour],
+                 linewidths=0.8, zorder=3)  # fmt: skip
 
 
 def draw_fig5(jobs):

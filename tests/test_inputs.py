@@ -1,6 +1,7 @@
 """Mistakes users make: each ends, before any long work, with one line that says what is wrong and what to do."""
 
 import functools
+import importlib
 import shutil
 import signal
 import subprocess
@@ -301,6 +302,9 @@ def test_ctrl_c_leaves_no_traceback(tmp_path, moment):
         (("scripts.train_reward", "--epochs", "many"), "argument --epochs: invalid int value: 'many'"),
     ],
 )
-def test_numbers_that_scripts_cannot_take(arguments, message):
-    result = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.strip().splitlines()[-1].endswith(message)
+def test_numbers_that_scripts_cannot_take(arguments, message, monkeypatch, capsys):
+    name, *arguments = arguments
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(name).main()
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith(message)

@@ -11,6 +11,7 @@ StableDiffusion. Packing is a permutation, which neither a step nor its log-prob
 and packed where the network is called.
 """
 
+import math
 import os
 
 import diffusers
@@ -27,6 +28,7 @@ from diffusers import (
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from safetensors import SafetensorError
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ddpo.clip import complete
 from ddpo.ddim_logprob import ddim_step_mean_std, gaussian_log_prob
@@ -163,6 +165,35 @@ class Flow:
 
     def training_timesteps(self, t):
         return self.trained_sigmas[t] * self.config.num_train_timesteps
+
+
+class JointAttention:
+    """The attention processor of SD3's transformer, where the last token of the text may stand for `repeats` equal ones
+    (joint_attention_kwargs). Text has no positions here, so equal tokens stay equal in all blocks, and as keys n of
+    them are one whose logit is larger by log n."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, repeats=1):
+        def heads(x, norm):
+            x = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return norm(x) if norm is not None else x
+
+        x, text, image = hidden_states, encoder_hidden_states, hidden_states.shape[1]
+        query, key = heads(attn.to_q(x), attn.norm_q), heads(attn.to_k(x), attn.norm_k)
+        value = heads(attn.to_v(x), None)
+        query = torch.cat([query, heads(attn.add_q_proj(text), attn.norm_added_q)], dim=2)
+        key = torch.cat([key, heads(attn.add_k_proj(text), attn.norm_added_k)], dim=2)
+        value = torch.cat([value, heads(attn.add_v_proj(text), None)], dim=2)
+        bias = pad(query.new_zeros(1, 1, 1, key.shape[2] - 1), (0, 1), value=math.log(repeats))
+        x = scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        x = x.transpose(1, 2).flatten(2)
+        text = x[:, image:] if attn.context_pre_only else attn.to_add_out(x[:, image:])
+        return attn.to_out[0](x[:, :image]), text
+
+
+def use_joint_attention(transformer):
+    """Makes the joint attention of an SD3Transformer2DModel take `repeats`."""
+    for block in transformer.transformer_blocks:
+        block.attn.set_processor(JointAttention())
 
 
 class StableDiffusion3(Flow):

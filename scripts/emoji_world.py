@@ -72,12 +72,16 @@ def sample_scene(rng, held_out=False):
 
 def caption(scene, rng):
     """A caption in the paper's wording: "a cat", "a cat riding a bike" or "a cat on a plain blue background"."""
+    plain, full = captions(scene)
+    return full if not scene.activity and rng.random() < NAMED_BACKGROUND_FREQUENCY else plain
+
+
+def captions(scene):
+    """What `caption` chooses from: without the background, and with it (the same if there is an activity)."""
     words = f"{article(scene.animal)} {scene.animal}"
     if scene.activity:
-        return f"{words} {scene.activity}"
-    if rng.random() < NAMED_BACKGROUND_FREQUENCY:
-        return f"{words} on a {scene.texture} {scene.colour} background"
-    return words
+        return (f"{words} {scene.activity}",) * 2
+    return words, f"{words} on a {scene.texture} {scene.colour} background"
 
 
 def article(noun):

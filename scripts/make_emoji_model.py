@@ -14,6 +14,7 @@ Batch k of a stage is drawn by a generator seeded with (seed, k), so a stopped r
 import argparse
 import functools
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -22,7 +23,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, compute_snr
 from PIL import Image
@@ -36,6 +44,7 @@ from transformers import (
     CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     ResNetConfig,
     ResNetForImageClassification,
@@ -43,10 +52,13 @@ from transformers import (
 
 from ddpo.errors import at_least, check_folder, run_script, seed
 from ddpo.hardware import cpu_cores, use_cpu
+from ddpo.models import use_joint_attention
 from scripts import emoji_world as world
 from scripts.make_random_model import make_scheduler
 
 MAX_TOKENS = 24  # the longest caption has 9
+FLOW_TOKENS = 15  # of emoji-flow, where a token of text costs as much as a patch of the picture
+FLOW_T5_TOKENS = 256  # zeros, which StableDiffusion3Pipeline puts in T5's place
 VALIDATION_SEED = 1_000_000  # pictures drawn with this seed are never trained on
 ANIMALS = list(world.ANIMALS)
 TO_CLIP = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # the [-1, 1] of the VAE, for CLIP and classifier too
@@ -96,9 +108,9 @@ def make_tokenizer():
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=MAX_TOKENS)
 
 
-def tokenize(tokenizer, texts):
-    """(len(texts), MAX_TOKENS) token ids, padded as the pipeline pads."""
-    return tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+def tokenize(tokenizer, texts, length=MAX_TOKENS):
+    """(len(texts), length) token ids, padded as the pipeline pads."""
+    return tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
 
 
 def to_tensor(pictures, device):
@@ -109,15 +121,16 @@ def to_tensor(pictures, device):
 # ------------------------------------------------------------------------------------------------------ training loop
 
 
-def train(stage, modules, loss_fn, args, learning_rate, weight_decay=0.0, ema_decay=0.999):
+def train(stage, modules, loss_fn, args, learning_rate, weight_decay=0.0, ema_decay=0.999, minutes=0):
     """Minimises `loss_fn(rng, generator)` over the parameters of `modules` with AdamW, a cosine schedule and an EMA.
 
-    Leaves the EMA weights in the modules. Saves its state every --save_every steps and resumes from it.
+    Leaves the EMA weights in the modules. Saves its state every --save_every steps and resumes from it. minutes: if
+    given, they end the training and set the pace of the schedule instead of the number of steps.
     """
     path, steps = os.path.join(args.work, f"{stage}.pt"), getattr(args, f"{stage}_steps")
     parameters = torch.nn.ModuleList(modules)
     optimizer = torch.optim.AdamW(parameters.parameters(), learning_rate, weight_decay=weight_decay, fused=True)
-    ema = EMAModel(parameters.parameters(), decay=ema_decay)
+    ema = EMAModel(parameters.parameters(), decay=ema_decay, foreach=True)
     step, seconds = 0, 0.0
     if os.path.exists(path):
         state = torch.load(path, map_location=args.device, weights_only=True)
@@ -127,11 +140,15 @@ def train(stage, modules, loss_fn, args, learning_rate, weight_decay=0.0, ema_de
         ema.to(args.device)
         step, seconds = state["step"], state["seconds"]
     parameters.train()
-    average, start = None, time.time()
-    progress = tqdm(range(step, steps), stage, steps, initial=step)
-    for step in progress:
-        warmup, done = min(1.0, (step + 1) / 200), step / steps
-        optimizer.param_groups[0]["lr"] = learning_rate * warmup * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * done)))
+    average, start = None, time.time() - seconds
+    progress = tqdm(desc=stage, total=steps, initial=step)
+
+    def done():
+        return (time.time() - start) / (60 * minutes) if minutes else step / steps
+
+    while (now := done()) < 1:
+        warmup = min(1.0, (step + 1) / 200)
+        optimizer.param_groups[0]["lr"] = learning_rate * warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * now)))
         generator = torch.Generator(args.device).manual_seed(args.seed * 10**7 + step)
         with torch.autocast(args.device, torch.bfloat16):
             loss = loss_fn(np.random.default_rng((args.seed, step)), generator)
@@ -140,18 +157,22 @@ def train(stage, modules, loss_fn, args, learning_rate, weight_decay=0.0, ema_de
         optimizer.step()
         optimizer.zero_grad()
         ema.step(parameters.parameters())
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        progress.set_postfix(loss=f"{average:.4f}", refresh=False)
-        if (step + 1) % args.save_every == 0 or step + 1 == steps:
+        loss = loss.detach()  # read once in a while: a GPU would be waited for
+        average = loss if average is None else 0.98 * average + 0.02 * loss
+        step += 1
+        progress.update()
+        if step % args.save_every == 0 or done() >= 1:
+            progress.write(f"{stage} step {step}: loss {average.item():.4f}, {time.time() - start:.0f} s")
             state = {
                 "parameters": parameters.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "ema": ema.state_dict(),
-                "step": step + 1,
-                "seconds": seconds + time.time() - start,
+                "step": step,
+                "seconds": time.time() - start,
             }
             torch.save(state, path + ".tmp")
             os.replace(path + ".tmp", path)
+    progress.close()
     ema.copy_to(parameters.parameters())
     return parameters.eval().requires_grad_(False)
 
@@ -271,6 +292,100 @@ def make_unet(args, moments, scenes, scale, tokenizer):
     return unet, text_encoder
 
 
+@torch.no_grad()
+def flow_data(args, vae, tokenizer):
+    """What the flow is trained on, computed once and kept in --work, so that another machine needs neither the font nor
+    the pictures: latents (N, C, H, W) in float16, the posteriors' means (their standard deviation is 0.6% of that of
+    the latents), and tokens (N, 2, FLOW_TOKENS), the caption without and with the background."""
+    path = os.path.join(args.work, "flow_data.pt")
+    if not os.path.exists(path):
+        pictures, scenes = load_pictures(args)
+        batches = tqdm(range(0, len(pictures), 64), "latents")
+        latents = [
+            vae.encode(to_tensor(pictures[i : i + 64], args.device)).latent_dist.mean.half().cpu() for i in batches
+        ]
+        captions = [c for scene in scenes for c in world.captions(scene)]
+        tokens = tokenize(tokenizer, captions, FLOW_TOKENS).short().unflatten(0, (-1, 2))
+        torch.save({"latents": torch.cat(latents), "tokens": tokens}, path + ".tmp")
+        os.replace(path + ".tmp", path)
+    data = torch.load(path, map_location=args.device, weights_only=True)
+    return data["latents"], data["tokens"].long()
+
+
+def make_flow(args, latents, tokens, scale, tokenizer):
+    """A small MMDiT and its two text encoders, trained together by rectified flow (arXiv 2403.03206): to predict
+    noise - x_0 at x_s = (1 - s) x_0 + s noise, s logit-normal."""
+    torch.manual_seed(args.seed)
+    # The width of the two together is that of the tokens that the transformer takes, so none of it is padding.
+    widths, special = (64, 32), text_config(tokenizer).to_dict()
+    encoders = [
+        CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                **special
+                | {"hidden_size": width, "projection_dim": width, "intermediate_size": 2 * width}
+                | {"num_attention_heads": width // 16, "max_position_embeddings": FLOW_TOKENS}
+            )
+        ).to(args.device)
+        for width in widths
+    ]
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=5,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        caption_projection_dim=128,
+        joint_attention_dim=sum(widths),
+        pooled_projection_dim=sum(widths),
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    ).to(args.device)
+    use_joint_attention(transformer)
+    # As in DiT (arXiv 2212.09748): at first each block is the identity, and the output zero.
+    modulations = [getattr(b, n).linear for b in transformer.transformer_blocks for n in ("norm1", "norm1_context")]
+    for linear in (*modulations, transformer.norm_out.linear, transformer.proj_out):
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    network, weights = torch.nn.ModuleList([transformer, *encoders]), os.path.join(args.work, "flow_weights.pt")
+    if os.path.exists(weights):
+        network.load_state_dict(torch.load(weights, map_location=args.device, weights_only=True)["network"])
+        return network.eval().requires_grad_(False)
+    empty = tokenize(tokenizer, [""], FLOW_TOKENS).to(args.device)
+
+    def loss_fn(rng, generator):
+        def uniform():
+            return torch.rand(args.flow_batch, generator=generator, device=args.device)
+
+        index = torch.randint(len(latents), (args.flow_batch,), generator=generator, device=args.device)
+        x = latents[index].float() * scale
+        ids = tokens[index, (uniform() < world.NAMED_BACKGROUND_FREQUENCY).long()]
+        ids = torch.where((uniform() < 0.1)[:, None], empty, ids)  # for classifier-free guidance
+        outputs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
+        states = torch.cat([o.hidden_states[-2] for o in outputs], dim=-1)
+        pooled = torch.cat([o.text_embeds for o in outputs], dim=-1)
+        noise = torch.randn(x.shape, generator=generator, device=args.device)
+        sigma = torch.randn(len(x), generator=generator, device=args.device).sigmoid()
+        s = sigma[:, None, None, None]
+        velocity = transformer(
+            (1 - s) * x + s * noise,
+            torch.nn.functional.pad(states, (0, 0, 0, 1)),
+            pooled,
+            sigma * 1000,
+            joint_attention_kwargs={"repeats": FLOW_T5_TOKENS},
+        ).sample
+        return F.mse_loss(velocity.float(), noise - x)
+
+    minutes = args.flow_minutes
+    train("flow", network, loss_fn, args, args.flow_learning_rate, weight_decay=1e-2, ema_decay=0.999, minutes=minutes)
+    state = torch.load(os.path.join(args.work, "flow.pt"), map_location="cpu", weights_only=True)
+    made = {"network": network.state_dict(), "step": state["step"], "seconds": state["seconds"]}
+    torch.save(made, weights + ".tmp")
+    os.replace(weights + ".tmp", weights)
+    return network
+
+
 def make_clip(args, pictures, scenes, tokenizer):
     torch.manual_seed(args.seed)
     vision = {
@@ -362,39 +477,11 @@ def report(args):
     right = [activities[c] == scenes[i].activity for c, i in zip(choice, busy)]
     result["clip_names_activity"] = float(np.mean(right))
 
-    def generate(prompts, seed):
-        generator = torch.Generator(args.device).manual_seed(seed)
-        return [
-            image
-            for i in range(0, len(prompts), 45)
-            for image in pipe(
-                prompts[i : i + 45],
-                num_inference_steps=20,
-                guidance_scale=args.guidance_scale,
-                eta=0.0,
-                generator=generator,
-            ).images
-        ]
-
-    prompts = [f"{world.article(a)} {a}" for a in ANIMALS] * 8
-    images = generate(prompts, seed=1)
-    x = to_tensor(np.stack([np.asarray(i) for i in images]), args.device)
-    hits = named(x).reshape(8, 45) == torch.arange(45)
-    result["classifier_on_generated"] = hits.float().mean().item()
-    result["worst_animals"] = {ANIMALS[i]: int(hits[:, i].sum()) for i in hits.sum(0).argsort()[:8]}
-    for name, grid, columns in (
-        ("animals.jpg", images[:90], 15),
-        ("reconstructions.jpg", [p for pair in zip(pictures[:30], to_uint8(y[:30])) for p in pair], 12),
-        (
-            "activities.jpg",
-            generate([f"{world.article(a)} {a} {d}" for a in ANIMALS[:15] for d in activities], 2),
-            15,
-        ),
-    ):
+    drawings = judge_drawings(pipe, classifier, args, result, eta=0.0)
+    drawings["reconstructions.jpg"] = [p for pair in zip(pictures[:30], to_uint8(y[:30])) for p in pair], 12
+    for name, (grid, columns) in drawings.items():
         save_grid(grid, columns, os.path.join(args.output, name))
-    result["guidance_scale"] = args.guidance_scale
-    size = sum(os.path.getsize(os.path.join(d, f)) for d, _, files in os.walk(args.output) for f in files)
-    result["megabytes"] = size / 1e6
+    result["megabytes"] = folder_size(args.output) / 1e6
     for stage in ("classifier", "vae", "unet", "clip"):
         path = os.path.join(args.work, f"{stage}.pt")
         if os.path.exists(path):
@@ -402,6 +489,50 @@ def report(args):
             result[f"{stage}_steps"], result[f"{stage}_minutes"] = state["step"], state["seconds"] / 60
     print(json.dumps(result, indent=1))
     return result
+
+
+@torch.no_grad()
+def report_flow(args):
+    """Measures the saved flow model on noises that training never saw, and draws the grids."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        args.output, torch_dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
+    ).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    classifier = ResNetForImageClassification.from_pretrained(f"{args.base}/classifier", dtype=torch.float32)
+    result = {}
+    for name, (grid, columns) in judge_drawings(pipe, classifier.to(args.device).eval(), args, result).items():
+        save_grid(grid, columns, os.path.join(args.output, name))
+    result["megabytes"] = folder_size(args.output) / 1e6
+    path = os.path.join(args.work, "flow_weights.pt")
+    if os.path.exists(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        result["flow_steps"], result["flow_minutes"] = state["step"], state["seconds"] / 60
+    print(json.dumps(result, indent=1))
+    return result
+
+
+def judge_drawings(pipe, classifier, args, result, **options):
+    """Draws each animal 8 times, and 15 with each activity. Adds to `result` what the classifier names; returns grids,
+    {file name: (pictures, columns)}."""
+
+    def draw(prompts, seed):
+        generator = torch.Generator(args.device).manual_seed(seed)
+        options.update(num_inference_steps=20, guidance_scale=args.guidance_scale, generator=generator)
+        return [image for i in range(0, len(prompts), 45) for image in pipe(prompts[i : i + 45], **options).images]
+
+    images = draw([f"{world.article(a)} {a}" for a in ANIMALS] * 8, seed=1)
+    x = to_tensor(np.stack([np.asarray(i) for i in images]), args.device)
+    hits = classifier(x).logits.argmax(1).cpu().reshape(8, 45) == torch.arange(45)
+    result["classifier_on_generated"] = hits.float().mean().item()
+    result["worst_animals"] = {ANIMALS[i]: int(hits[:, i].sum()) for i in hits.sum(0).argsort()[:8]}
+    result["guidance_scale"] = args.guidance_scale
+    busy = [f"{world.article(a)} {a} {d}" for a in ANIMALS[:15] for d in world.ACTIVITIES]
+    return {"animals.jpg": (images[:90], 15), "activities.jpg": (draw(busy, seed=2), 15)}
+
+
+def folder_size(folder):
+    """Bytes."""
+    return sum(os.path.getsize(os.path.join(d, f)) for d, _, files in os.walk(folder) for f in files)
 
 
 def to_uint8(x):
@@ -423,8 +554,10 @@ def save_grid(images, columns, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="models/emoji", help="where the finished models go")
-    parser.add_argument("--work", default="runs/emoji-model", help="where unfinished work is kept")
+    parser.add_argument("--flow", action="store_true", help="make models/emoji-flow, from the VAE of --base")
+    parser.add_argument("--output", help="where the finished models go (models/emoji or models/emoji-flow)")
+    parser.add_argument("--work", help="where unfinished work is kept (runs/emoji-model or runs/emoji-flow-model)")
+    parser.add_argument("--base", default="models/emoji", help="of a flow: whose VAE, tokenizer and classifier serve")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--pictures", type=at_least(1), default=40_000)
     parser.add_argument("--classifier_steps", type=at_least(1), default=1500)
@@ -432,6 +565,10 @@ def main():
     parser.add_argument("--unet_steps", type=at_least(1), default=5_000)
     parser.add_argument("--unet_batch", type=at_least(1), default=64)
     parser.add_argument("--clip_steps", type=at_least(1), default=1200)
+    parser.add_argument("--flow_steps", type=at_least(1), default=10_000)
+    parser.add_argument("--flow_minutes", type=at_least(0, float), default=0, help="train so long instead")
+    parser.add_argument("--flow_batch", type=at_least(1), default=512)
+    parser.add_argument("--flow_learning_rate", type=at_least(0, float), default=1e-3)
     parser.add_argument("--save_every", type=at_least(1), default=250)
     parser.add_argument("--threads", type=at_least(1), default=cpu_cores(), help="CPU threads of torch")
     parser.add_argument("--guidance_scale", type=at_least(1, float), default=3.0, help="of the report's pictures")
@@ -439,11 +576,15 @@ def main():
     args = parser.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     use_cpu(args.threads, 1)
+    name = "emoji-flow" if args.flow else "emoji"
+    args.output, args.work = args.output or f"models/{name}", args.work or f"runs/{name}-model"
     if args.report_only:
-        return report(args)
+        return report_flow(args) if args.flow else report(args)
     for folder in (args.work, args.output):
         check_folder(folder)
     os.makedirs(args.work, exist_ok=True)
+    if args.flow:
+        return main_flow(args)
 
     pictures, scenes = load_pictures(args)
     tokenizer = make_tokenizer()
@@ -459,10 +600,7 @@ def main():
     pipe.to(torch.float16).save_pretrained(args.output)
     classifier.half().save_pretrained(f"{args.output}/classifier")
     clip.half().save_pretrained(f"{args.output}/clip")
-    # Files of half size, to be loaded in float32: transformers would load them as they are, unlike diffusers.
-    for folder in ("text_encoder", "classifier", "clip"):
-        path = Path(args.output, folder, "config.json")
-        path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    load_in_float32(args.output, "text_encoder", "classifier", "clip")
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": world.SIZE},
         crop_size={"height": world.SIZE, "width": world.SIZE},
@@ -471,6 +609,30 @@ def main():
     CLIPProcessor(image_processor, tokenizer).save_pretrained(f"{args.output}/clip")
     with open(f"{args.output}/report.json", "w") as f:
         json.dump(report(args), f, indent=1)
+
+
+def main_flow(args):
+    """The same for the flow model: pictures, latents, transformer with its text encoders."""
+    # SD3's pipeline adds the VAE's shift, which Stable Diffusion's does not know.
+    vae = AutoencoderKL.from_pretrained(args.base, subfolder="vae", dtype=torch.float32).to(args.device)
+    vae.register_to_config(shift_factor=0.0)
+    tokenizer = CLIPTokenizer.from_pretrained(f"{args.base}/tokenizer", model_max_length=FLOW_TOKENS)
+    latents, tokens = flow_data(args, vae, tokenizer)
+    transformer, *encoders = make_flow(args, latents, tokens, vae.config.scaling_factor, tokenizer)
+    pipe = StableDiffusion3Pipeline(
+        transformer, FlowMatchEulerDiscreteScheduler(), vae, encoders[0], tokenizer, encoders[1], tokenizer, None, None
+    )
+    pipe.to(torch.float16).save_pretrained(args.output)
+    load_in_float32(args.output, "text_encoder", "text_encoder_2")
+    with open(f"{args.output}/report.json", "w") as f:
+        json.dump(report_flow(args), f, indent=1)
+
+
+def load_in_float32(output, *folders):
+    """Makes files of half size load in float32: transformers would load them as they are, unlike diffusers."""
+    for folder in folders:
+        path = Path(output, folder, "config.json")
+        path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def load_pictures(args):

@@ -26,6 +26,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from safetensors import SafetensorError
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -34,6 +35,8 @@ from ddpo.clip import complete
 from ddpo.ddim_logprob import ddim_step_mean_std, gaussian_log_prob
 from ddpo.errors import InputError
 from ddpo.flow_logprob import flow_log_prob, flow_step_mean_std
+
+T5_TOKENS = 256  # of SD3's pipeline, if it is not told otherwise
 
 
 class Conditions:
@@ -167,7 +170,7 @@ class Flow:
         return self.trained_sigmas[t] * self.config.num_train_timesteps
 
 
-class JointAttention:
+class JointAttention(JointAttnProcessor2_0):
     """The attention processor of SD3's transformer, where the last token of the text may stand for `repeats` equal ones
     (joint_attention_kwargs). Text has no positions here, so equal tokens stay equal in all blocks, and as keys n of
     them are one whose logit is larger by log n."""
@@ -178,6 +181,8 @@ class JointAttention:
             return norm(x) if norm is not None else x
 
         x, text, image = hidden_states, encoder_hidden_states, hidden_states.shape[1]
+        if text is None:  # the picture's attention to itself alone, in SD3.5-medium
+            return super().__call__(attn, x)
         query, key = heads(attn.to_q(x), attn.norm_q), heads(attn.to_k(x), attn.norm_k)
         value = heads(attn.to_v(x), None)
         query = torch.cat([query, heads(attn.add_q_proj(text), attn.norm_added_q)], dim=2)
@@ -192,23 +197,29 @@ class JointAttention:
 
 def use_joint_attention(transformer):
     """Makes the joint attention of an SD3Transformer2DModel take `repeats`."""
-    for block in transformer.transformer_blocks:
-        block.attn.set_processor(JointAttention())
+    transformer.set_attn_processor(JointAttention())
 
 
 class StableDiffusion3(Flow):
     even_sigmas = False
 
+    def __init__(self, pipe, device):
+        super().__init__(pipe, device)
+        # Without T5, which is larger than the model itself, the pipeline puts tokens of zeros in its place: one does.
+        self.repeats = 1 if pipe.text_encoder_3 else T5_TOKENS
+        if self.repeats > 1:
+            use_joint_attention(pipe.transformer)
+
     def encode(self, prompt, device):
-        """Without T5, which is larger than the model itself, the pipeline puts zeros in its place."""
         states, _, pooled, _ = self.pipe.encode_prompt(
-            prompt, None, None, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        return {"states": states, "pooled": pooled}
+            prompt, None, None, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False,
+            max_sequence_length=T5_TOKENS,
+        )  # fmt: skip
+        return {"states": states[:, : states.shape[1] + 1 - self.repeats], "pooled": pooled}
 
     def call(self, network, latents, timesteps, conditions, guidance):
-        told = conditions.tensors
-        return network(latents, told["states"], told["pooled"], timesteps).sample
+        told, options = conditions.tensors, {"repeats": self.repeats} if self.repeats > 1 else None
+        return network(latents, told["states"], told["pooled"], timesteps, joint_attention_kwargs=options).sample
 
 
 class Flux(Flow):

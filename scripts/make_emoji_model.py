@@ -52,13 +52,12 @@ from transformers import (
 
 from ddpo.errors import at_least, check_folder, run_script, seed
 from ddpo.hardware import cpu_cores, use_cpu
-from ddpo.models import use_joint_attention
+from ddpo.models import T5_TOKENS, use_joint_attention
 from scripts import emoji_world as world
 from scripts.make_random_model import make_scheduler
 
 MAX_TOKENS = 24  # the longest caption has 9
 FLOW_TOKENS = 15  # of emoji-flow, where a token of text costs as much as a patch of the picture
-FLOW_T5_TOKENS = 256  # zeros, which StableDiffusion3Pipeline puts in T5's place
 VALIDATION_SEED = 1_000_000  # pictures drawn with this seed are never trained on
 ANIMALS = list(world.ANIMALS)
 TO_CLIP = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # the [-1, 1] of the VAE, for CLIP and classifier too
@@ -370,10 +369,10 @@ def make_flow(args, latents, tokens, scale, tokenizer):
         s = sigma[:, None, None, None]
         velocity = transformer(
             (1 - s) * x + s * noise,
-            torch.nn.functional.pad(states, (0, 0, 0, 1)),
+            F.pad(states, (0, 0, 0, 1)),
             pooled,
             sigma * 1000,
-            joint_attention_kwargs={"repeats": FLOW_T5_TOKENS},
+            joint_attention_kwargs={"repeats": T5_TOKENS},
         ).sample
         return F.mse_loss(velocity.float(), noise - x)
 

@@ -21,6 +21,7 @@ from test_train import metrics
 from config.base import get_config
 from ddpo.errors import InputError
 from ddpo.likelihood import draw_timesteps_and_noise, noised
+from ddpo.models import use_joint_attention
 from ddpo.options import check, load_preset
 from ddpo.pipeline_logprob import predict_noise, sample_with_logprob
 from ddpo.policy import load_policy, load_weights, save_weights
@@ -74,6 +75,32 @@ def test_without_noise_the_sampler_is_diffusers_pipeline(request, model, kind):
     assert (drawn.latents[:, -1] - ours.latents[:, -1]).abs().max() > 0.1  # with noise another picture
 
 
+def test_one_token_stands_for_all_that_are_in_t5s_place(tiny_sd35):
+    """Output and gradient are those of diffusers' transformer, told all of them; the weights are large enough that the
+    tokens matter."""
+    policy = load_policy(tiny_sd35, 0, "fp32", "cpu")
+    plain = StableDiffusion3Pipeline.from_pretrained(tiny_sd35, **NO_T5)
+    for network in (policy.denoiser, plain.transformer):
+        network.double().requires_grad_(True)
+        generator = torch.Generator().manual_seed(0)
+        for p in network.parameters():
+            p.data += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    latents, t, embeds = inputs(policy)
+    latents, embeds = latents.double(), embeds.to(torch.float64)
+    prompts = ["a cat", "a dog", "an ant"]
+    states, _, pooled, _ = plain.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+    assert embeds.tensors["states"].shape[1] == 24 + 1 and states.shape[1] == 24 + 256
+    ours = policy.family.call(policy.denoiser, latents, t, embeds, 1.0)
+    theirs = plain.transformer(latents, states.double(), pooled.double(), t).sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # the text encoders are float32
+    without = plain.transformer(latents, embeds.tensors["states"], pooled.double(), t).sample
+    assert (without - theirs).abs().max() > 0.1
+    for output in (ours, theirs):
+        output.square().sum().backward()
+    for p, q in zip(policy.denoiser.parameters(), plain.transformer.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3 * float(q.grad.abs().max()))
+
+
 @pytest.mark.parametrize("model", PIPELINES)
 @pytest.mark.parametrize("rank", [0, 4])
 def test_what_is_saved_gives_the_trainers_predictions(request, tmp_path, model, rank):
@@ -89,6 +116,8 @@ def test_what_is_saved_gives_the_trainers_predictions(request, tmp_path, model, 
     else:
         pipe.transformer = transformer.from_pretrained(tmp_path / "transformer", dtype=torch.float32)
     pipe.transformer.to(memory_format=torch.channels_last)
+    if model == "tiny_sd35":
+        use_joint_attention(pipe.transformer)
     latents, t, embeds = inputs(policy)
     with torch.no_grad():
         theirs = policy.family.call(pipe.transformer, latents, t, embeds, 4.0)

@@ -18,7 +18,10 @@ from safetensors.torch import load_file
 from test_policy import disturb
 from test_train import metrics
 
+import train
 from config.base import get_config
+from config.emoji import TASKS
+from config.emoji_flow import get_config as emoji_flow
 from ddpo.errors import InputError
 from ddpo.likelihood import draw_timesteps_and_noise, noised
 from ddpo.models import use_joint_attention
@@ -279,3 +282,17 @@ def test_a_pipeline_that_is_not_supported_names_those_that_are(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtSigmaPipeline"}))
     with pytest.raises(InputError, match="PixArtSigmaPipeline, which is not supported. There is: .*FluxPipeline"):
         load_policy(str(tmp_path), 4, "fp32", "cpu")
+
+
+@pytest.mark.parametrize("variant", [f"{task},{method}" for task in TASKS for method in ("lora", "full")])
+def test_the_presets_of_the_embedded_flow_train(tiny_sd35, tmp_path, monkeypatch, variant):
+    """As they are, but for the model, the rewards that need the embedded model's pictures, and the numbers."""
+    config = emoji_flow(variant)
+    config.update_from_flattened_dict({
+        "model": tiny_sd35, "run_dir": str(tmp_path), "num_epochs": 1, "grid_images": 1, "grid_every": 0, "threads": 1,
+        "sample.images_per_epoch": 8, "sample.num_steps": 3, "reward": "jpeg_compressibility",
+    })  # fmt: skip
+    monkeypatch.setattr("ddpo.interrupt.signal.signal", lambda *_: None)  # pytest keeps its Ctrl-C
+    train.train(config, "preset")
+    (line,) = metrics(tmp_path)
+    assert line["grad_norm"] > 0 and line["ratio_error"] == 0 and np.isfinite(line["loss"])

@@ -6,9 +6,9 @@ Random weights of Stable Diffusion 1.5's size (--size), since speed and memory d
 --sections, in this order:
 
     ceilings      TFLOP/s of a large matrix product, GB/s of a copy
-    lora          a denoising step and a training pass in bf16, at several batch sizes: milliseconds, memory and
-                  |ratio - 1|, with convolutions' weights in either layout; kernels, waits and FLOPs, and the kernels
-                  and operations that take longest, at the size nearest to 8
+    lora          a denoising step and a training pass in bf16: milliseconds, memory and |ratio - 1|; at the size nearest
+                  to 8 in every layout of activations, with kernels, waits and FLOPs, and the kernels and operations
+                  that take longest; at the other sizes in the fastest of them
     graphs        the same as CUDA graphs, which cost the host nothing
     full          full finetuning in fp32, tf32 and bf16: the same, and the angle of its gradient to that in fp32
     ratio_error   |ratio - 1| before any update and the kernels of attention, per precision and attention backend
@@ -20,6 +20,7 @@ no further one is begun. Without a GPU it runs to its end with --size tiny, whic
 
 import argparse
 import contextlib
+import copy
 import gc
 import json
 import tempfile
@@ -35,6 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from config.base import get_config
+from ddpo import group_norm
 from ddpo.errors import InputError, at_least, check_output, run_script
 from ddpo.hardware import peak_memory_gb
 from ddpo.likelihood import Rollout
@@ -55,7 +57,11 @@ ATTENTION = ("attention", "fmha", "flash", "sdpa")  # in kernels' names
 COMPARED = (0, 3, 5)  # steps whose gradients are compared
 STEPS = (2, 6)  # denoising steps of the two runs whose difference gives the cost of one
 REPEATS, LONG = 3, 1.0  # LONG: seconds
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}  # of convolutions' weights
+LAYOUTS = {  # of convolutions' weights, and whether group norms are computed by ddpo/group_norm.py
+    "contiguous": (torch.contiguous_format, False),
+    "channels_last": (torch.channels_last, False),
+    "channels_last, own norms": (torch.channels_last, True),
+}
 
 
 def synchronise(device):
@@ -136,11 +142,44 @@ def set_precision(policy, precision):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
-def set_layout(policy, memory_format):
+def set_layout(policy, layout):
     """Of the weights of the denoiser's convolutions, and of their masters."""
+    memory_format, group_norm.enabled = LAYOUTS[layout]
     for p in {*policy.denoiser.parameters(), *policy.trainable_parameters()}:
         if p.ndim == 4:
             p.data = p.data.contiguous(memory_format=memory_format)
+
+
+def norms(device):
+    """Of a group norm with SiLU, its gradient included, in bf16 with channels last: milliseconds by torch and by
+    ddpo/group_norm.py, and the relative errors of the latter's output and gradients, the reference being float64."""
+    result = {}
+    if device.type != "cuda":
+        return "needs a GPU"
+    for shape in ((16, 320, 64, 64), (16, 1920, 32, 32), (3, 1280, 8, 8)):
+        norm = torch.nn.GroupNorm(32, shape[1], device=device, dtype=torch.bfloat16)
+        torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+        x, dy = (torch.randn(shape, device=device, dtype=torch.bfloat16) + i for i in (1, 0))
+        x, dy = (t.to(memory_format=torch.channels_last) for t in (x, dy))
+
+        def gradient(function, norm, x, dy):
+            x = x.detach().requires_grad_()
+            y = function(norm, x)
+            return y, *torch.autograd.grad(y, (x, norm.weight, norm.bias), dy)
+
+        def plain(norm, x):
+            return torch.nn.functional.silu(torch.nn.GroupNorm.forward(norm, x))
+
+        exact = gradient(plain, copy.deepcopy(norm).double(), x.double(), dy.double())
+        for name, function in (("torch", plain), ("own", group_norm.norm_and_silu)):
+            group_norm.enabled = True
+            found = gradient(function, norm, x, dy)
+            errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact)]
+            ms = 1e3 * seconds(lambda: [gradient(function, norm, x, dy) for _ in range(10)], device) / 10  # noqa: B023
+            with torch.no_grad():
+                forward_ms = 1e3 * seconds(lambda: [function(norm, x) for _ in range(10)], device) / 10  # noqa: B023
+            result[f"{name}, {shape}"] = {"errors": errors, "ms": ms, "forward_ms": forward_ms}
+    return result
 
 
 def exactness(policy, batch_size):
@@ -283,12 +322,12 @@ def details(policy, batch_size):
     if device.type == "cuda":
         result["sample_waits"] = per_step(*map(count_waits, samples))
         result["train_waits"] = count_waits(lambda: train(0))
-    few, many = (profile_kernels(sample, device, most=10**9) for sample in samples)
+    few, many = (profile_kernels(lambda n=n: work.sample(n), device, most=10**9) for n in (2, 3))
     for key in ("kernels", "kernel_ms"):
-        result[f"sample_{key}"] = per_step(few[key], many[key])
+        result[f"sample_{key}"] = many[key] - few[key]
     for key in ("longest_ms", "operations_ms"):
-        steps = {k: per_step(few[key].get(k, (0, 0))[0], ms) for k, (ms, _) in many[key].items()}
-        result[f"sample_{key}"] = {k: round(v, 3) for k, v in sorted(steps.items(), key=lambda item: -item[1])[:12]}
+        step = {k: ms - few[key].get(k, (0, 0))[0] for k, (ms, _) in many[key].items()}
+        result[f"sample_{key}"] = {k: round(v, 3) for k, v in sorted(step.items(), key=lambda item: -item[1])[:12]}
     result |= {f"train_{key}": value for key, value in profile_kernels(lambda: train(0), device).items()}
     clear_gradients(policy)
     return result
@@ -321,18 +360,23 @@ def graphs(policy, batch_size):
 
 
 def lora(load, report, sizes, middle):
-    for size in sorted(sizes, key=lambda size: size != middle):
-        for layout, memory_format in LAYOUTS.items():
-            policy = load(4, "bf16")
-            set_layout(policy, memory_format)
-            report(f"LoRA 4, bf16, {layout}, batch {size}", cost, policy, size)
-            if size == middle:
-                report(f"LoRA 4, bf16, {layout}, batch {size}, details", details, policy, size)
+    """All layouts at the middle size; the fastest one at the others and in what comes after."""
+    times = {}
+    for layout in LAYOUTS:
+        if "own" in layout:
+            report("norms", norms, load.device)
+        policy = load(4, "bf16", layout)
+        found = report(f"LoRA 4, bf16, {layout}, batch {middle}", cost, policy, middle)
+        report(f"LoRA 4, bf16, {layout}, batch {middle}, details", details, policy, middle)
+        times[layout] = found["train_ms"] + found["sample_ms"] if found else float("inf")
+    load.layout = min(times, key=times.get)
+    for size in sizes:
+        if size != middle:
+            report(f"LoRA 4, bf16, {load.layout}, batch {size}", cost, load(4, "bf16"), size)
 
 
 def cuda_graphs(load, report, sizes, middle):
     for size in (1, middle):
-        set_layout(load(4, "bf16"), torch.channels_last)
         report(f"LoRA 4, bf16, CUDA graphs, batch {size}", graphs, load(4, "bf16"), size)
 
 
@@ -408,11 +452,11 @@ def main():
     begun, held = time.perf_counter(), {}
 
     def report(name, function, *inputs):
-        start = time.perf_counter()
+        start, found = time.perf_counter(), None
         try:
             if start - begun > args.seconds:
                 raise InputError(f"not begun after {args.seconds} s")
-            result[name] = function(*inputs)
+            result[name] = found = function(*inputs)
         except Exception as error:  # out of memory, an unsupported operation: the rest is worth having
             result[name] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
         result["seconds"][name] = round(time.perf_counter() - start, 1)
@@ -421,8 +465,9 @@ def main():
             json.dump(result, f, indent=1)
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        return found
 
-    def load(lora_rank, precision):
+    def load(lora_rank, precision, layout=None):
         """The policy that was loaded last, if it is of this kind, else a new one in its place."""
         if (lora_rank, precision) not in held:
             start = time.perf_counter()
@@ -432,11 +477,16 @@ def main():
                 torch.cuda.empty_cache()
             held[lora_rank, precision] = load_policy(folder, lora_rank, precision, device)
             print(f"loaded rank {lora_rank}, {precision} ({time.perf_counter() - start:.1f} s)", flush=True)
+        set_layout(held[lora_rank, precision], layout or load.layout)
         return held[lora_rank, precision]
 
-    load.device = device
+    load.device, load.layout = device, "channels_last"
     with tempfile.TemporaryDirectory() as folder:
-        with device:  # whose random numbers come faster
+        try:
+            with device:  # whose random numbers come faster
+                make_random_model(args.size, folder)
+        except Exception as error:
+            print(f"no model could be made on the GPU: {error}", flush=True)
             make_random_model(args.size, folder)
         print(f"made a model ({time.perf_counter() - begun:.1f} s)", flush=True)
         for name in (name for name in SECTIONS if name in args.sections):

@@ -6,7 +6,7 @@ Random weights of Stable Diffusion 1.5's size (--size), since speed and memory d
 --sections, in this order:
 
     ceilings      TFLOP/s of a large matrix product, GB/s of a copy
-    lora          a denoising step and a training pass in bf16: milliseconds, memory and |ratio - 1|; at the size nearest
+    lora          a denoising step and a training pass in bf16: milliseconds, memory, |ratio - 1|; at the size nearest
                   to 8 in every layout of activations, with kernels, waits and FLOPs, and the kernels and operations
                   that take longest; at the other sizes in the fastest of them
     graphs        the same as CUDA graphs, which cost the host nothing

@@ -14,7 +14,7 @@ try:
 except ImportError:  # torch for CPUs comes without
     triton = None
 
-enabled = True
+enabled = False  # until a GPU has measured them: scripts/gpu_check.py sets it
 ROWS, COLUMNS = 32, 64  # of a tile of (pixels, channels)
 CHUNK = 256  # pixels of which one program adds up the moments
 

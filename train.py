@@ -117,12 +117,13 @@ def train(config, preset):
 
         means, bar = Means(), run.bar(sum(len(sample) for batches in plan for sample, _ in batches), "training")
         for update, minibatches in enumerate(plan):
-            for sample, step in minibatches:
-                loss, info = loss_of(sample, step)
-                # Summed over minibatches and processes, this is the mean over the update's transitions.
-                optimizer.backward(loss.sum() / transitions)
-                means.add(loss=loss.detach(), **info)
-                bar.update(len(sample))
+            with policy.masters.unchanged():
+                for sample, step in minibatches:
+                    loss, info = loss_of(sample, step)
+                    # Summed over minibatches and processes, this is the mean over the update's transitions.
+                    optimizer.backward(loss.sum() / transitions)
+                    means.add(loss=loss.detach(), **info)
+                    bar.update(len(sample))
             if config.train.target_kl and means.latest("kl_old", transitions, run.accelerator) > config.train.target_kl:
                 optimizer.discard()
                 break  # the policy is far enough from the one that sampled

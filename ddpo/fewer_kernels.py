@@ -7,8 +7,11 @@ import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
+
+from ddpo.group_norm import norm_alone, norm_and_silu
 
 
 def use_fewer_kernels(unet):
@@ -18,6 +21,11 @@ def use_fewer_kernels(unet):
             module.forward = MethodType(resnet, module)
         elif isinstance(module, GEGLU) and isinstance(module.proj, torch.nn.Linear) and module.proj.bias is not None:
             module.forward = MethodType(geglu, module)
+        elif isinstance(module, torch.nn.GroupNorm):
+            module.forward = MethodType(norm_alone, module)
+        elif isinstance(module, Transformer2DModel) and module.is_input_continuous:
+            module._operate_on_continuous_inputs = MethodType(to_tokens, module)
+            module._get_output_for_continuous_inputs = MethodType(from_tokens, module)
         elif isinstance(module, LoraLinear):
             module.forward = MethodType(lora_linear, module)
         elif isinstance(getattr(module, "processor", None), AttnProcessor2_0) and _is_plain_attention(module):
@@ -37,9 +45,25 @@ def _is_plain_attention(attn):
 
 def resnet(block, x, temb):
     """A ResnetBlock2D without its division by an output scale of 1."""
-    h = block.conv1(silu(block.norm1(x))) + block.time_emb_proj(silu(temb))[:, :, None, None]
-    h = block.conv2(silu(block.norm2(h)))
+    h = block.conv1(norm_and_silu(block.norm1, x)) + block.time_emb_proj(silu(temb))[:, :, None, None]
+    h = block.conv2(norm_and_silu(block.norm2, h))
     return h + (x if block.conv_shortcut is None else block.conv_shortcut(x))
+
+
+def to_tokens(block, x):
+    """A picture (B, C, H, W) to tokens (B, H W, C'), which is a view where channels come last in memory; and C'."""
+    x = project(block.proj_in, block.norm(x).permute(0, 2, 3, 1).flatten(1, 2))
+    return x, x.shape[-1]
+
+
+def from_tokens(block, hidden_states, residual, batch_size, height, width, inner_dim):
+    """Back, and added to the picture; a sum has the layout of what comes first."""
+    return residual + project(block.proj_out, hidden_states).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def project(layer, x):
+    """A linear layer of tokens, or a convolution of single pixels, which is one."""
+    return linear(x, layer.weight.flatten(1), layer.bias) if isinstance(layer, torch.nn.Conv2d) else layer(x)
 
 
 class Attention:

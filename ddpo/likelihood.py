@@ -131,8 +131,8 @@ class Rollout:
         forward = self.algorithm.process == "forward"
         if forward:
             self.old_outputs = torch.empty_like(self.draws[-1])
-        for minibatches in reversed(plan):
-            for sample, step in minibatches:
+        with self.policy.masters.unchanged():
+            for sample, step in (minibatch for minibatches in reversed(plan) for minibatch in minibatches):
                 if forward:
                     self.old_outputs[sample, step] = self.policy.forward(*self._noised(sample, step)[0])
                 else:

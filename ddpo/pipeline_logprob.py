@@ -100,15 +100,16 @@ def sample_with_logprob(
             means = torch.empty(count, kept, *shape, device=policy.device)
             log_probs = torch.empty(count, kept, device=policy.device)
         latents[rows, 0] = x_t = batch_noise[:, 0]
-        for step, t in enumerate(timesteps):
-            t = t.expand(len(batch))
-            output = predict_noise(policy, x_t, t, prompt_embeds, negative_embeds, guidance_scale)
-            mean, std = policy.step_mean_std(output, t, x_t, eta)
-            x_t = mean + std * batch_noise[:, step + 1]
-            if keep_steps:
-                latents[rows, step + 1], means[rows, step] = x_t, mean
-                log_probs[rows, step] = policy.step_log_prob(x_t, mean, std)
-            bar.update(len(batch))
+        with policy.masters.unchanged():
+            for step, t in enumerate(timesteps):
+                t = t.expand(len(batch))
+                output = predict_noise(policy, x_t, t, prompt_embeds, negative_embeds, guidance_scale)
+                mean, std = policy.step_mean_std(output, t, x_t, eta)
+                x_t = mean + std * batch_noise[:, step + 1]
+                if keep_steps:
+                    latents[rows, step + 1], means[rows, step] = x_t, mean
+                    log_probs[rows, step] = policy.step_log_prob(x_t, mean, std)
+                bar.update(len(batch))
         latents[rows, -1] = x_t
         if on_images is None:
             images += decode(policy, x_t)

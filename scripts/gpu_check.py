@@ -2,16 +2,26 @@
 
     python -m scripts.gpu_check --output gpu_check.json
 
-Random weights of Stable Diffusion 1.5's size (--size), since speed and memory do not depend on their values. In about
-six minutes on an H100: its ceilings; |ratio - 1| before any update, per precision and attention backend; and per
-denoising step and training pass milliseconds, kernels, waits for the device, memory, and the share of the matrix
-ceiling, at several batch sizes; --compile adds torch.compile. Every section is printed and saved as soon as it is
-there; one that fails says why and the others go on. Without a GPU it runs to its end with --size tiny, which shows no
-more than that it runs.
+Random weights of Stable Diffusion 1.5's size (--size), since speed and memory do not depend on their values.
+--sections, in this order:
+
+    ceilings      TFLOP/s of a large matrix product, GB/s of a copy
+    lora          a denoising step and a training pass in bf16: milliseconds, memory, |ratio - 1|; at the size nearest
+                  to 8 in every layout of activations, with kernels, waits and FLOPs, and the kernels and operations
+                  that take longest; at the other sizes in the fastest of them
+    graphs        the same as CUDA graphs, which cost the host nothing
+    full          full finetuning in fp32, tf32 and bf16: the same, and the angle of its gradient to that in fp32
+    ratio_error   |ratio - 1| before any update and the kernels of attention, per precision and attention backend
+    compile       torch.compile; minutes, and not by default
+
+Each result is printed and saved as soon as it is there; one that fails says why and the others go on; after --seconds
+no further one is begun. Without a GPU it runs to its end with --size tiny, which shows no more than that it runs.
 """
 
 import argparse
 import contextlib
+import copy
+import gc
 import json
 import tempfile
 import time
@@ -20,11 +30,13 @@ import warnings
 import diffusers
 import torch
 import transformers
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from config.base import get_config
+from ddpo import group_norm
 from ddpo.errors import InputError, at_least, check_output, run_script
 from ddpo.hardware import peak_memory_gb
 from ddpo.likelihood import Rollout
@@ -41,8 +53,15 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
+ATTENTION = ("attention", "fmha", "flash", "sdpa")  # in kernels' names
+COMPARED = (0, 3, 5)  # steps whose gradients are compared
 STEPS = (2, 6)  # denoising steps of the two runs whose difference gives the cost of one
-REPEATS = 3
+REPEATS, LONG = 3, 1.0  # LONG: seconds
+LAYOUTS = {  # of convolutions' weights, and whether group norms are computed by ddpo/group_norm.py
+    "contiguous": (torch.contiguous_format, False),
+    "channels_last": (torch.channels_last, False),
+    "channels_last, own norms": (torch.channels_last, True),
+}
 
 
 def synchronise(device):
@@ -51,10 +70,10 @@ def synchronise(device):
 
 
 def seconds(function, device):
-    """Of the fastest of REPEATS calls, after one to warm up."""
+    """Of the fastest of REPEATS calls (fewer if they take long), after one to warm up."""
     function()
     taken = []
-    for _ in range(REPEATS):
+    while len(taken) < REPEATS and sum(taken) < LONG:
         synchronise(device)
         start = time.perf_counter()
         function()
@@ -94,6 +113,13 @@ class Work:
             self.policy.noise_level(self.config.sample), keep_steps=True,
         )  # fmt: skip
 
+    def network(self):
+        """A function that passes through the network as a denoising step does, without gradients."""
+        rows, device = 2 * self.batch_size, self.policy.device
+        latents = torch.randn(rows, *self.policy.latent_shape(), device=device)
+        t, embeds = torch.full((rows,), 500, device=device), self.policy.embed([""] * rows)
+        return torch.no_grad()(lambda: self.policy.forward(latents, t, embeds))
+
     def rollout(self, steps):
         """A function of a step that trains on it, adding to the gradients, and returns |ratio - 1| (B,)."""
         algorithm = ALGORITHMS["ddpo_is"]
@@ -111,26 +137,109 @@ class Work:
         return train
 
 
-def exactness(load, batch_size):
-    """The largest |ratio - 1| before any update, over the steps of a batch, per precision and attention backend."""
+def set_precision(policy, precision):
+    """Of a policy in float32: fp32 or tf32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
+def set_layout(policy, layout):
+    """Of the weights of the denoiser's convolutions, and of their masters."""
+    memory_format, group_norm.enabled = LAYOUTS[layout]
+    for p in {*policy.denoiser.parameters(), *policy.trainable_parameters()}:
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=memory_format)
+
+
+def norms(device):
+    """Of a group norm with SiLU, its gradient included, in bf16 with channels last: milliseconds by torch and by
+    ddpo/group_norm.py, and the relative errors of the latter's output and gradients, the reference being float64."""
     result = {}
-    for precision in ("fp32", "tf32", "bf16", "fp16"):
-        policy = load(4, precision)
-        forward = policy.forward
-        for name, backend in BACKENDS.items():
+    if device.type != "cuda":
+        return "needs a GPU"
+    for shape in ((16, 320, 64, 64), (16, 1920, 32, 32), (3, 1280, 8, 8)):
+        norm = torch.nn.GroupNorm(32, shape[1], device=device, dtype=torch.bfloat16)
+        torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+        x, dy = (torch.randn(shape, device=device, dtype=torch.bfloat16) + i for i in (1, 0))
+        x, dy = (t.to(memory_format=torch.channels_last) for t in (x, dy))
 
-            def with_backend(*inputs, backend=backend, forward=forward):  # of the UNet alone
-                with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
-                    return forward(*inputs)
+        def gradient(function, norm, x, dy):
+            x = x.detach().requires_grad_()
+            y = function(norm, x)
+            return y, *torch.autograd.grad(y, (x, norm.weight, norm.bias), dy)
 
-            policy.forward = with_backend
-            try:
-                train = Work(policy, batch_size).rollout(STEPS[1])
-                errors = torch.stack([train(step) for step in range(STEPS[1])])
-            except RuntimeError as error:
-                result[f"{precision}, {name}"] = f"not available: {str(error).splitlines()[0]}"
-                continue
-            result[f"{precision}, {name}"] = float(errors.max()) if errors.isfinite().all() else "not finite"
+        def plain(norm, x):
+            return torch.nn.functional.silu(torch.nn.GroupNorm.forward(norm, x))
+
+        exact = gradient(plain, copy.deepcopy(norm).double(), x.double(), dy.double())
+        for name, function in (("torch", plain), ("own", group_norm.norm_and_silu)):
+            group_norm.enabled = True
+            found = gradient(function, norm, x, dy)
+            errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact)]
+            ms = 1e3 * seconds(lambda: [gradient(function, norm, x, dy) for _ in range(10)], device) / 10  # noqa: B023
+            with torch.no_grad():
+                forward_ms = 1e3 * seconds(lambda: [function(norm, x) for _ in range(10)], device) / 10  # noqa: B023
+            result[f"{name}, {shape}"] = {"errors": errors, "ms": ms, "forward_ms": forward_ms}
+    return result
+
+
+def exactness(policy, batch_size):
+    """Per attention backend: the largest |ratio - 1| before any update of each step of a batch, and the kernels of
+    attention without and with gradients. torch's own choice comes twice, to tell it from a first call's."""
+    result, forward = {}, policy.forward
+    for name, backend in {**BACKENDS, "default, again": None}.items():
+
+        def with_backend(*inputs, backend=backend):  # of the UNet alone
+            with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
+                return forward(*inputs)
+
+        policy.forward = with_backend
+        try:
+            work = Work(policy, batch_size)
+            train = work.rollout(STEPS[1])
+            errors = torch.stack([train(step).max() for step in range(STEPS[1])])
+            result[name] = {"ratio_errors": errors.tolist()}
+            if backend is None and policy.device.type == "cuda":
+                for key, call in (("sampling", work.network()), ("training", lambda train=train: train(0))):
+                    kernels = profile_kernels(call, policy.device, most=10**9)["longest_ms"]
+                    result[name][key] = [k for k in kernels if any(word in k.lower() for word in ATTENTION)]
+        except RuntimeError as error:
+            result[name] = f"not available: {str(error).splitlines()[0]}"
+    del policy.forward  # the class's own again
+    clear_gradients(policy)
+    return result
+
+
+def clear_gradients(policy):
+    for p in policy.trainable_parameters():
+        p.grad = None
+
+
+def gradients(policy, trajectories, work):
+    """Yields, for each step COMPARED, the gradient of its log-probs weighted by advantages: a list of tensors."""
+    indices = list(range(work.batch_size))
+    rollout = Rollout(policy, work.config, ALGORITHMS["ddpo_is"], 0, indices, work.prompts, trajectories)
+    everyone = torch.arange(work.batch_size, device=policy.device)
+    weights = torch.linspace(-1, 1, work.batch_size, device=policy.device)
+    for step in COMPARED:
+        terms = rollout.score(everyone, torch.full_like(everyone, step))
+        (terms.log_prob * weights).sum().backward()
+        yield [p.grad for p in policy.trainable_parameters()]
+        clear_gradients(policy)
+
+
+def angles(gradient, reference):
+    """Per step: cosine of two gradients, the ratio of their norms, and the smallest cosine of a tensor among those with
+    at least a thousandth of the norm."""
+    result = {}
+    for step, ours, exact in zip(COMPARED, gradient, reference, strict=True):
+        dots = torch.stack([(a.double() * b.double()).sum() for a, b in zip(ours, exact)])
+        ours, exact = (torch.stack([a.double().norm() for a in tensors]) for tensors in (ours, exact))
+        large = exact > 1e-3 * exact.norm()
+        result[f"step {step}"] = {
+            "cosine": float(dots.sum() / ours.norm() / exact.norm()),
+            "norm": float(ours.norm() / exact.norm()),
+            "least_cosine_of_a_tensor": float((dots / ours / exact)[large].min()),
+        }
     return result
 
 
@@ -146,17 +255,35 @@ def count_waits(function):
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def profile_kernels(function):
-    """(kernels, their milliseconds, the ten names that take longest) of a call."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+def profile_kernels(function, device, most=12):
+    """Of a call: its kernels (on a CPU its operations), their milliseconds, and of the `most` kernels and operations
+    that take longest [milliseconds, calls]."""
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + on_gpu * [ProfilerActivity.CUDA]
+    with profile(activities=activities) as profiler:
         function()
-        torch.cuda.synchronize()
-    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        synchronise(device)
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    kernels = [e for e in profiler.events() if e.device_type == kind and not getattr(e, "is_user_annotation", False)]
     by_name = {}
     for event in kernels:
-        by_name[event.name[:80]] = by_name.get(event.name[:80], 0) + event.device_time / 1e3
-    longest = dict(sorted(by_name.items(), key=lambda item: -item[1])[:10])
-    return len(kernels), sum(by_name.values()), longest
+        name = event.name
+        for noise in ("void ", "at::native::", "(anonymous namespace)::", "at::cuda::"):
+            name = name.replace(noise, "")
+        total, calls = by_name.get(name[:150], (0, 0))
+        by_name[name[:150]] = total + event.time_range.elapsed_us() / 1e3, calls + 1
+    time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    operations = {
+        e.key: (getattr(e, time_of) / 1e3, e.count) for e in profiler.key_averages() if e.device_type == DeviceType.CPU
+    }
+
+    def longest(times):
+        return {k: [round(v[0], 3), v[1]] for k, v in sorted(times.items(), key=lambda item: -item[1][0])[:most]}
+
+    return {
+        "kernels": len(kernels), "kernel_ms": sum(total for total, _ in by_name.values()),
+        "longest_ms": longest(by_name), "operations_ms": longest(operations),
+    }  # fmt: skip
 
 
 def per_step(few, many):
@@ -164,14 +291,13 @@ def per_step(few, many):
     return (many - few) / (STEPS[1] - STEPS[0])
 
 
-def cost(policy, batch_size, details=False):
+def cost(policy, batch_size):
     """What a denoising step and a training pass of `batch_size` pictures cost, both guided; pictures a second of as
-    many steps as config/base.py has, all of them trained on. details: kernels, waits and FLOPs too."""
+    many steps as config/base.py has, all of them trained on."""
     device, work = policy.device, Work(policy, batch_size)
     work.sample(STEPS[0])
     peak_memory_gb(device)  # of this batch size alone from here on
-    samples = [lambda n=n: work.sample(n) for n in STEPS]
-    few, many = (1e3 * seconds(sample, device) for sample in samples)
+    few, many = (1e3 * seconds(lambda n=n: work.sample(n), device) for n in STEPS)
     result = {"sample_ms": per_step(few, many)}
     result["decode_ms"] = few - STEPS[0] * result["sample_ms"]
     train = work.rollout(STEPS[0])
@@ -179,29 +305,137 @@ def cost(policy, batch_size, details=False):
     result["memory_gb"] = peak_memory_gb(device)
     total_ms = work.config.sample.num_steps * (result["sample_ms"] + result["train_ms"]) + result["decode_ms"]
     result["images_per_second"] = 1e3 * batch_size / total_ms
-    if details:
-        counter = FlopCounterMode(display=False)
-        with counter:
-            train(0)
-        result["train_tflop"] = counter.get_total_flops() / 1e12
-        result["train_tflops"] = result["train_tflop"] / result["train_ms"] * 1e3
-        if device.type == "cuda":
-            result["sample_waits"] = per_step(*map(count_waits, samples))
-            result["train_waits"] = count_waits(lambda: train(0))
-            counts, milliseconds, _ = zip(*map(profile_kernels, samples))
-            result |= {"sample_kernels": per_step(*counts), "sample_kernel_ms": per_step(*milliseconds)}
-            kernels = profile_kernels(lambda: train(0))
-            result |= dict(zip(("train_kernels", "train_kernel_ms", "train_longest_ms"), kernels))
-    for p in policy.trainable_parameters():
-        p.grad = None
+    result["ratio_error"] = max(float(train(step).max()) for step in range(STEPS[0]))
+    clear_gradients(policy)
     return result
+
+
+def details(policy, batch_size):
+    """Kernels, waits for the GPU and FLOPs of a denoising step and of a training pass."""
+    device, work = policy.device, Work(policy, batch_size)
+    samples, train = [lambda n=n: work.sample(n) for n in STEPS], work.rollout(STEPS[0])
+    train(0)  # which makes the gradients
+    counter, result = FlopCounterMode(display=False), {}
+    with counter:
+        train(0)
+    result["train_tflop"] = counter.get_total_flops() / 1e12
+    if device.type == "cuda":
+        result["sample_waits"] = per_step(*map(count_waits, samples))
+        result["train_waits"] = count_waits(lambda: train(0))
+    few, many = (profile_kernels(lambda n=n: work.sample(n), device, most=10**9) for n in (2, 3))
+    for key in ("kernels", "kernel_ms"):
+        result[f"sample_{key}"] = many[key] - few[key]
+    for key in ("longest_ms", "operations_ms"):
+        step = {k: ms - few[key].get(k, (0, 0))[0] for k, (ms, _) in many[key].items()}
+        result[f"sample_{key}"] = {k: round(v, 3) for k, v in sorted(step.items(), key=lambda item: -item[1])[:12]}
+    result |= {f"train_{key}": value for key, value in profile_kernels(lambda: train(0), device).items()}
+    clear_gradients(policy)
+    return result
+
+
+def graphs(policy, batch_size):
+    """Milliseconds of a guided pass through the network, and of a training pass, as CUDA graphs and without; and
+    whether the former's outputs are the same."""
+    device, work = policy.device, Work(policy, batch_size)
+    if device.type != "cuda":
+        return "needs a GPU"
+    train, result = work.rollout(STEPS[0]), {}
+    for name, function in (("sample", work.network()), ("train", lambda: train(0))):
+        result[f"{name}_ms"] = 1e3 * seconds(function, device)
+        plain, stream = function(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = function()
+        result[f"{name}_graph_ms"] = 1e3 * seconds(graph.replay, device)
+        result[f"{name}_same"] = torch.equal(output, plain)
+        graph = output = None
+        torch.cuda.empty_cache()
+    clear_gradients(policy)
+    return result
+
+
+def lora(load, report, sizes, middle):
+    """All layouts at the middle size; the fastest one at the others and in what comes after."""
+    times = {}
+    for layout in LAYOUTS:
+        if "own" in layout:
+            report("norms", norms, load.device)
+        policy = load(4, "bf16", layout)
+        found = report(f"LoRA 4, bf16, {layout}, batch {middle}", cost, policy, middle)
+        report(f"LoRA 4, bf16, {layout}, batch {middle}, details", details, policy, middle)
+        times[layout] = found["train_ms"] + found["sample_ms"] if found else float("inf")
+    load.layout = min(times, key=times.get)
+    for size in sizes:
+        if size != middle:
+            report(f"LoRA 4, bf16, {load.layout}, batch {size}", cost, load(4, "bf16"), size)
+
+
+def cuda_graphs(load, report, sizes, middle):
+    for size in (1, middle):
+        report(f"LoRA 4, bf16, CUDA graphs, batch {size}", graphs, load(4, "bf16"), size)
+
+
+def full(load, report, sizes, middle):
+    policy, exact = load(0, "fp32"), []
+    for precision in ("fp32", "tf32"):
+        set_precision(policy, precision)
+        report(f"full, {precision}, batch {middle}", cost, policy, middle)
+    set_precision(policy, "fp32")
+    work = Work(policy, min(4, middle))
+    trajectories = work.sample(STEPS[1])
+
+    def in_fp32():
+        exact.extend(gradients(policy, trajectories, work))
+        return {"norms": [float(torch.stack([g.norm() for g in tensors]).norm()) for tensors in exact]}
+
+    report("gradient in fp32", in_fp32)
+    report("gradient in fp32, again", lambda: angles(gradients(policy, trajectories, work), exact))
+    set_precision(policy, "tf32")
+    report("gradient in tf32", lambda: angles(gradients(policy, trajectories, work), exact))
+    policy = work.policy = None
+    policy = load(0, "bf16")
+    policy.set_timesteps(STEPS[1])
+    report("gradient in bf16", lambda: angles(gradients(policy, trajectories, work), exact))
+    exact.clear()
+    report(f"full, bf16, batch {middle}", cost, policy, middle)
+    report(f"full, bf16, batch {middle}, details", details, policy, middle)
+
+
+def ratio_errors(load, report, sizes, middle):
+    for precision in ("bf16", "fp32", "tf32", "fp16"):
+        policy = load(4, "fp32" if precision == "tf32" else precision)
+        if precision == "tf32":
+            set_precision(policy, precision)
+        report(f"ratio_error, {precision}", exactness, policy, min(2, middle))
+        policy = None
+
+
+def compiled(load, report, sizes, middle):
+    def compiled_cost():
+        policy = load(4, "bf16")
+        policy.compile(2 * middle)
+        return cost(policy, middle)
+
+    report(f"LoRA 4, bf16, compiled, batch {middle}", compiled_cost)
+
+
+SECTIONS = {
+    "ceilings": lambda load, report, sizes, middle: report("ceilings", ceilings, load.device),
+    "lora": lora, "graphs": cuda_graphs, "full": full, "ratio_error": ratio_errors, "compile": compiled,
+}  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="sd15", choices=SIZES)
-    parser.add_argument("--batch_sizes", type=at_least(1), nargs="+", default=[1, 4, 8, 16])
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile too; minutes")
+    parser.add_argument("--batch_sizes", type=at_least(1), nargs="+", default=[1, 8, 32])
+    parser.add_argument("--sections", nargs="+", default=list(SECTIONS)[:-1], choices=SECTIONS)
+    parser.add_argument("--seconds", type=at_least(1), default=1200, help="after which nothing further is begun")
     parser.add_argument("--output", default="gpu_check.json")
     args = parser.parse_args()
     check_output(args.output)
@@ -212,48 +446,58 @@ def main():
     result = {
         "device": processor(), "commit": commit(), "size": args.size, "torch": torch.__version__,
         "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
-        "diffusers": diffusers.__version__, "transformers": transformers.__version__,
+        "diffusers": diffusers.__version__, "transformers": transformers.__version__, "seconds": {},
     }  # fmt: skip
     print(json.dumps(result, indent=1), flush=True)
+    begun, held = time.perf_counter(), {}
 
-    def section(name, function):
-        start = time.perf_counter()
+    def report(name, function, *inputs):
+        start, found = time.perf_counter(), None
         try:
-            result[name] = function()
-        except (RuntimeError, InputError) as error:  # out of memory, an unsupported operation: the rest is worth having
-            result[name] = f"failed: {str(error).splitlines()[0]}"
-        print(f"{name} ({time.perf_counter() - start:.0f} s): {json.dumps(result[name], indent=1)}", flush=True)
+            if start - begun > args.seconds:
+                raise InputError(f"not begun after {args.seconds} s")
+            result[name] = found = function(*inputs)
+        except Exception as error:  # out of memory, an unsupported operation: the rest is worth having
+            result[name] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        result["seconds"][name] = round(time.perf_counter() - start, 1)
+        print(f"{name} ({result['seconds'][name]} s): {json.dumps(result[name], indent=1)}", flush=True)
         with open(args.output, "w") as f:
             json.dump(result, f, indent=1)
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        return found
 
-    section("ceilings", lambda: ceilings(device))
+    def load(lora_rank, precision, layout=None):
+        """The policy that was loaded last, if it is of this kind, else a new one in its place."""
+        if (lora_rank, precision) not in held:
+            start = time.perf_counter()
+            held.clear()
+            gc.collect()  # modules refer to themselves
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            held[lora_rank, precision] = load_policy(folder, lora_rank, precision, device)
+            print(f"loaded rank {lora_rank}, {precision} ({time.perf_counter() - start:.1f} s)", flush=True)
+        set_layout(held[lora_rank, precision], layout or load.layout)
+        return held[lora_rank, precision]
+
+    load.device, load.layout = device, "channels_last"
     with tempfile.TemporaryDirectory() as folder:
-        make_random_model(args.size, folder)
+        try:
+            with device:  # whose random numbers come faster
+                make_random_model(args.size, folder)
+        except Exception as error:
+            print(f"no model could be made on the GPU: {error}", flush=True)
+            make_random_model(args.size, folder)
+        print(f"made a model ({time.perf_counter() - begun:.1f} s)", flush=True)
+        for name in (name for name in SECTIONS if name in args.sections):
+            try:
+                SECTIONS[name](load, report, args.batch_sizes, middle)
+            except Exception as error:
+                report(name, raise_, error)
 
-        def load(lora_rank, precision):
-            return load_policy(folder, lora_rank, precision, device)
 
-        section("ratio_error", lambda: exactness(load, min(4, middle)))
-        for name, rank, precision in (
-            ("LoRA 4, bf16", 4, "bf16"),
-            ("full, bf16", 0, "bf16"),
-            ("full, fp32", 0, "fp32"),
-        ):
-            policy = load(rank, precision)
-            for size in args.batch_sizes if rank else [middle]:
-                details = size == middle
-                section(f"{name}, batch {size}", lambda p=policy, s=size, d=details: cost(p, s, details=d))
-            policy = None
-        if args.compile:
-
-            def compiled():
-                policy = load(4, "bf16")
-                policy.compile(2 * middle)
-                return cost(policy, middle)
-
-            section(f"LoRA 4, bf16, compiled, batch {middle}", compiled)
+def raise_(error):
+    raise error
 
 
 if __name__ == "__main__":

@@ -32,11 +32,19 @@ def test_gpu_check(tmp_path):
     result = subprocess.run([*command, "--output", tmp_path / "found.json"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert all(found["ratio_error"][f"{p}, default"] == 0 for p in ("fp32", "tf32", "bf16", "fp16"))
-    assert found["ratio_error"]["fp32, cudnn"].startswith("not available") or torch.cuda.is_available()
-    small, large = (found[f"LoRA 4, bf16, batch {size}"] for size in (2, 4))
-    assert small["images_per_second"] > 0 and large["train_tflop"] > 0
-    assert found["full, fp32, batch 4"]["train_tflop"] > large["train_tflop"]  # gradients of all weights
+    assert not [name for name, value in found.items() if str(value).startswith("failed")]
+    for precision in ("fp32", "tf32", "bf16", "fp16"):
+        backends = found[f"ratio_error, {precision}"]
+        assert backends["default"]["ratio_errors"] == backends["default, again"]["ratio_errors"] == [0] * 6
+    assert found["ratio_error, fp32"]["cudnn"].startswith("not available") or torch.cuda.is_available()
+    (small,) = (value for name, value in found.items() if name.startswith("LoRA 4") and name.endswith("batch 2"))
+    large = found["LoRA 4, bf16, channels_last, batch 4"]
+    assert small["images_per_second"] > 0 and large["ratio_error"] == 0
+    lora, full = (found[f"{kind}, batch 4, details"] for kind in ("LoRA 4, bf16, channels_last", "full, bf16"))
+    assert full["train_tflop"] > lora["train_tflop"] > 0  # gradients of all weights
+    assert lora["train_kernels"] > lora["sample_kernels"] > 0 and lora["train_longest_ms"]
+    assert found["gradient in fp32, again"]["step 0"]["cosine"] == pytest.approx(1)
+    assert 0.9 < found["gradient in bf16"]["step 0"]["cosine"] < 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -8,14 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
+import train
 from config.base import get_config
 from ddpo.checkpoint import save_checkpoint
 from ddpo.ddim_logprob import ddim_step_with_logprob
 from ddpo.errors import InputError
 from ddpo.likelihood import Draws, Rollout, draw_timesteps_and_noise, noised
 from ddpo.losses import ALGORITHMS
+from ddpo.models import StableDiffusion
 from ddpo.pipeline_logprob import Trajectories, predict_noise, sample_with_logprob
 from ddpo.policy import load_policy, load_weights, save_weights
 
@@ -138,6 +141,47 @@ def test_updates_smaller_than_half_precision_arrive(tiny, rank, precision):
         optimizer.step()
     for p in parameters:
         torch.testing.assert_close(p.data, torch.full_like(p, 1 - 2e-3), rtol=0, atol=1e-5)
+
+
+def test_every_pass_is_by_the_masters_as_they_are(tiny, tmp_path, monkeypatch):
+    """Through a run with a moving average that samples, evaluations, saves and a resume: at each pass the network
+    holds its masters' newest values, though they are not copied before each."""
+    passes, copies, seen = [], [], set()
+    forward, copy = StableDiffusion.call, torch._foreach_copy_
+
+    def checked(family, network, *inputs):
+        for weight, master in zip(masters[0].weights, masters[0].parameters, strict=True):
+            assert weight.dtype == torch.bfloat16 and torch.equal(weight, master.bfloat16())
+        seen.add(float(sum(master.detach().double().sum() for master in masters[0].parameters)))
+        passes.append(len(passes))
+        return forward(family, network, *inputs)
+
+    def counted(targets, sources):
+        copies.append(len(targets))
+        copy(targets, sources)
+
+    def load(*args):
+        policy = load_policy(*args)
+        masters[:] = [policy.masters]
+        return policy
+
+    masters = []
+    monkeypatch.setattr(StableDiffusion, "call", checked)
+    monkeypatch.setattr(torch, "_foreach_copy_", counted)
+    monkeypatch.setattr(train, "load_policy", load)
+    monkeypatch.setattr("ddpo.run.lock_run", lambda folder: None)  # one process runs it twice
+    monkeypatch.setattr("ddpo.interrupt.signal.signal", lambda *_: None)  # pytest keeps its Ctrl-C
+    config = get_config()
+    config.update_from_flattened_dict({
+        **SMALL, "model": tiny, "run_dir": str(tmp_path / "run"), "lora_rank": 0, "precision": "bf16", "num_epochs": 2,
+        "train.ema_decay": 0.5, "sample.averaged": True, "evaluate.every": 1, "evaluate.limit": 1,
+        "algorithm": "awm", "train.batch_size": 2, "train.learning_rate": 1e-2,
+    })  # fmt: skip
+    train.train(config, "test")
+    config.update_from_flattened_dict({"resume": str(tmp_path / "run"), "num_epochs": 3})
+    train.train(config, "test")
+    assert len(seen) >= 8  # of six updates; the weights themselves train, and their average samples
+    assert len(copies) < 0.5 * len(passes)
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -147,7 +147,7 @@ def measure(args):
         check_output(path)
     texts = [prompt for prompt, _ in prompts.common_animals()] * args.count
     judges = [config.reward] if config.reward not in ("", "clipscore:models/emoji/clip") else []
-    judges = {name: rewards.get_reward(name) for name in [*judges, "clipscore:models/emoji/clip"]}
+    judges = {name: rewards.get_reward(name, policy.device) for name in [*judges, "clipscore:models/emoji/clip"]}
     result, grids = {"pictures": len(texts)}, []
     for name, pictures in draw_at_scales(policy, folder, texts, config.sample, 2_000_000 + args.seed * 10**6):
         tastes = [taste(picture) for picture in pictures]

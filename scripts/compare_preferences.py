@@ -8,7 +8,7 @@
     dpo          Diffusion-DPO on the choices (scripts.train_dpo)
     sft          supervised finetuning on the chosen pictures, the baseline
     reward_ddpo  a reward model (scripts.train_reward), and DDPO on it
-    dpo_ddpo     DPO, its LoRA merged into the base model, then DDPO with the reward model
+    dpo_ddpo     some epochs of DPO, its LoRA merged into the base model, then DDPO with the reward model
 
 A rater is scripts.simulate_rater with a seed of its own, which is that of all training, too; fewer choices are the
 first of more. Everything lands in --folder: pairs, votes, reward models, runs, logs. A run that is done becomes a line
@@ -45,8 +45,8 @@ LABELS = {
     "dpo": "DPO", "sft": "finetuning on the chosen", "reward_ddpo": "reward model, DDPO",
     "dpo_ddpo": "DPO, then DDPO",
 }  # fmt: skip
-EPOCHS = {"dpo": (8, 16), "sft": (8, 16), "reward_ddpo": (4, 8), "dpo_ddpo": (4, 8)}  # after which it is measured
-DPO_BETA = 300.0
+EPOCHS = {"dpo": (4, 8, 16), "sft": (8, 16), "reward_ddpo": (4, 8), "dpo_ddpo": (4, 8)}  # after which it is measured
+CHAINED = 8  # epochs of DPO before DDPO
 PRELOAD = ["train", "scripts.annotate", "scripts.simulate_rater", "scripts.train_dpo", "scripts.train_reward"]
 
 # Something to make, after others: `commands` are (function, *arguments), one after the other, each in a process of its
@@ -84,13 +84,13 @@ def run_step(method, count, rater, args):
     options += [f"--config.{pair}" for pair in args.options]
     if method in ("dpo", "sft"):
         votes = ["--choices", f"{folder}/pairs/choices-{case}.jsonl", "--loss", method]
-        commands.append((train, "scripts.train_dpo", run, [*votes, *options, f"--config.train.dpo_beta={DPO_BETA:g}"]))
+        commands.append((train, "scripts.train_dpo", run, [*votes, *options]))
     else:
         options = ["--config", "config/emoji.py:aesthetic", f"--config.reward=learned:{reward}", *options]
         needs.append(f"reward-{case}")
         if method == "dpo_ddpo":
             needs.append(f"dpo-{case}")
-            commands.append((merge, f"{folder}/dpo-{case}", f"epoch_{EPOCHS['dpo'][0]:04d}", merged))
+            commands.append((merge, f"{folder}/dpo-{case}", f"epoch_{CHAINED:04d}", merged))
             options.append(f"--config.model={merged}")
         commands.append((train, "train", run, options))
     for epoch in epochs:
@@ -219,7 +219,7 @@ def collect_run(step, args, machine):
         if need.startswith("reward"):
             facts["seconds_before"]["reward"] = float(Path(args.folder, "done", need).read_text())
         elif need.startswith("dpo"):
-            seconds = read_metrics(f"{args.folder}/{need}")["seconds"][: EPOCHS["dpo"][0]]
+            seconds = read_metrics(f"{args.folder}/{need}")["seconds"][:CHAINED]
             facts["seconds_before"]["dpo"] = round(float(seconds.sum()), 1)
     add_result(args.results, step.run, step.name, facts | machine)
 

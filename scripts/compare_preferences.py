@@ -47,7 +47,7 @@ LABELS = {
 }  # fmt: skip
 EPOCHS = {"dpo": (4, 8, 16), "sft": (8, 16), "reward_ddpo": (4, 8), "dpo_ddpo": (4, 8)}  # after which it is measured
 CHAINED = 8  # epochs of DPO before DDPO
-PRELOAD = ["train", "scripts.annotate", "scripts.simulate_rater", "scripts.train_dpo", "scripts.train_reward"]
+PRELOAD = ["train", "scripts.simulate_rater", "scripts.train_dpo", "scripts.train_reward"]
 
 # Something to make, after others: `commands` are (function, *arguments), one after the other, each in a process of its
 # own; `run` is the folder of the run that it trains, if it does.

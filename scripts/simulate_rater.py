@@ -30,7 +30,6 @@ from ddpo.evaluation import load_classifier, named_animals
 from ddpo.images import image_grid
 from ddpo.reward_model import rank_correlation
 from ddpo.seeds import numpy_generator
-from scripts.annotate import read_pairs, shown
 from scripts.results import add_result, read_results
 from scripts.sample import draw_at_scales, open_run
 
@@ -93,6 +92,8 @@ def main():
     args = parser.parse_args()
     if args.what in ("measure", "plot"):
         return {"measure": measure, "plot": plot}[args.what](args)
+    from scripts.annotate import read_pairs, shown  # imports a web server, which a machine that measures may lack
+
     folder, rater = Path(args.pairs), f"simulated-{args.seed}"
     pairs = read_pairs(folder / "pairs.jsonl")[args.first :]
     needed = args.count if args.what == "choose" else -(-args.count // 2)

@@ -35,6 +35,7 @@ from diffusers import DiffusionPipeline
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from ddpo import hardware  # noqa: E402
 from ddpo.checkpoint import list_checkpoints  # noqa: E402
 from ddpo.errors import DRAWINGS, InputError, at_least, check_folder, check_output, run_script, seed  # noqa: E402
 from ddpo.options import read_options  # noqa: E402
@@ -138,17 +139,18 @@ def execute(command, log):
     with open(log, "a") as f:
         for stream in (1, 2):
             os.dup2(f.fileno(), stream)
+    hardware.GPU_SPARE = 0.0  # the jobs share the GPU: if each tried to keep room, there would seem to be none
     function, *arguments = command
     function(*arguments)
 
 
 # ------------------------------------------------------------------------------------------------------ running them
-def needed(steps, names):
-    """The names, and those of all steps that these need, in the order of the steps."""
-    found, new = set(), set(names)
+def needed(steps, names, done):
+    """The names, and those of all steps that these need, in the order of the steps, but for those `done`."""
+    found, new = set(), set(names) - done
     while new:
         found |= new
-        new = {need for name in new for need in steps[name].needs} - found
+        new = {need for name in new for need in steps[name].needs} - found - done
     return [name for name in steps if name in found]
 
 
@@ -159,7 +161,7 @@ def run_steps(steps, names, args, collect):
     for path in (marks, logs):
         path.mkdir(parents=True, exist_ok=True)
     done = {name for name in steps if (marks / name).exists()}
-    waiting, running, failed = [name for name in needed(steps, names) if name not in done], {}, []
+    waiting, running, failed = needed(steps, names, done), {}, []
     context = multiprocessing.get_context(args.start)
     if args.start == "forkserver":  # imports once what all import, which takes longer than a short run on a GPU
         context.set_forkserver_preload(PRELOAD)
@@ -327,7 +329,7 @@ def main():
     failed = left = []
     if not args.draw:
         check_folder(args.folder)
-        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to have asked for a GPU must not break it in a fork
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         steps, finished = plan(args), read_results(args.results)

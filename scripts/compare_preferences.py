@@ -47,7 +47,7 @@ LABELS = {
     "dpo_ddpo": "DPO, then DDPO",
 }  # fmt: skip
 EPOCHS = {"dpo": (4, 8, 16), "sft": (8, 16), "reward_ddpo": (4, 8), "dpo_ddpo": (4, 8)}  # after which it is measured
-CHAINED = 8  # epochs of DPO before DDPO
+EPOCH = 8  # of DPO before DDPO follows, and of all in the figure
 PRELOAD = ["train", "scripts.simulate_rater", "scripts.train_dpo", "scripts.train_reward"]
 
 # Something to make, after others: `commands` are (function, *arguments), one after the other, each in a process of its
@@ -91,7 +91,7 @@ def run_step(method, count, rater, args):
         needs.append(f"reward-{case}")
         if method == "dpo_ddpo":
             needs.append(f"dpo-{case}")
-            commands.append((merge, f"{folder}/dpo-{case}", f"epoch_{CHAINED:04d}", merged))
+            commands.append((merge, f"{folder}/dpo-{case}", f"epoch_{EPOCH:04d}", merged))
             options.append(f"--config.model={merged}")
         commands.append((train, "train", run, options))
     for epoch in epochs:
@@ -221,7 +221,7 @@ def collect_run(step, args, machine):
         if need.startswith("reward"):
             facts["seconds_before"]["reward"] = float(Path(args.folder, "done", need).read_text())
         elif need.startswith("dpo"):
-            seconds = read_metrics(f"{args.folder}/{need}")["seconds"][:CHAINED]
+            seconds = read_metrics(f"{args.folder}/{need}")["seconds"][:EPOCH]
             facts["seconds_before"]["dpo"] = round(float(seconds.sum()), 1)
     add_result(args.results, step.run, step.name, facts | machine)
 
@@ -271,7 +271,7 @@ def table(lines):
 
 
 def draw(lines, path):
-    """True taste and animals named against the number of choices, after each method's last epoch, and one against the
+    """True taste and animals named against the number of choices, after EPOCH epochs, and one against the
     other at all epochs that were measured. A point per rater; lines are means."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     counts = sorted({line["choices"] for line in lines})
@@ -280,7 +280,8 @@ def draw(lines, path):
         for axis, value in zip(axes, (0, 1)):
             points = {}
             for line in sorted(own, key=lambda line: line["choices"]):
-                points.setdefault(line["choices"], []).append(max(gains(line).items())[1][value])
+                values = gains(line)
+                points.setdefault(line["choices"], []).append(values.get(EPOCH, max(values.items())[1])[value])
             axis.plot(list(points), [np.mean(v) for v in points.values()], color=f"C{i}", lw=1.2, label=label)
             axis.plot([n for n, v in points.items() for _ in v], [x for v in points.values() for x in v], "o",
                       color=f"C{i}", ms=3, alpha=0.5)  # fmt: skip

@@ -30,7 +30,6 @@ from ddpo.evaluation import load_classifier, named_animals
 from ddpo.images import image_grid
 from ddpo.reward_model import rank_correlation
 from ddpo.seeds import numpy_generator
-from scripts.annotate import read_pairs, shown
 from scripts.results import add_result, read_results
 from scripts.sample import draw_at_scales, open_run
 
@@ -93,6 +92,8 @@ def main():
     args = parser.parse_args()
     if args.what in ("measure", "plot"):
         return {"measure": measure, "plot": plot}[args.what](args)
+    from scripts.annotate import read_pairs, shown  # imports a web server, which a machine that measures may lack
+
     folder, rater = Path(args.pairs), f"simulated-{args.seed}"
     pairs = read_pairs(folder / "pairs.jsonl")[args.first :]
     needed = args.count if args.what == "choose" else -(-args.count // 2)
@@ -147,7 +148,7 @@ def measure(args):
         check_output(path)
     texts = [prompt for prompt, _ in prompts.common_animals()] * args.count
     judges = [config.reward] if config.reward not in ("", "clipscore:models/emoji/clip") else []
-    judges = {name: rewards.get_reward(name) for name in [*judges, "clipscore:models/emoji/clip"]}
+    judges = {name: rewards.get_reward(name, policy.device) for name in [*judges, "clipscore:models/emoji/clip"]}
     result, grids = {"pictures": len(texts)}, []
     for name, pictures in draw_at_scales(policy, folder, texts, config.sample, 2_000_000 + args.seed * 10**6):
         tastes = [taste(picture) for picture in pictures]

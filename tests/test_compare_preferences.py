@@ -1,0 +1,84 @@
+"""The comparison of the ways from choices to a model: its steps, its merged models, its table."""
+
+import json
+import os
+import sys
+import time
+from argparse import Namespace
+
+import pytest
+import torch
+from test_policy import disturb
+
+from ddpo.policy import load_policy, save_weights
+from scripts import compare_preferences
+from scripts.compare_preferences import Step, merge, run_steps
+
+
+def test_steps_run_in_order_and_once(tmp_path):
+    """What needs a step that failed is left, the rest is made, and only what is left is tried again."""
+    made, seen = tmp_path / "made", []
+    steps = [
+        Step("last", ("first",), [(os.mkdir, made / "a"), (os.mkdir, made / "a/b")]),
+        Step("first", (), [(os.mkdir, made)]),
+        Step("broken", ("first",), [(os.rmdir, tmp_path / "nothing")]),
+        Step("stranded", ("broken",), [(os.mkdir, made / "c")]),
+        Step("unasked", (), [(os.mkdir, tmp_path / "d")]),
+    ]
+    steps, args = {step.name: step for step in steps}, Namespace(folder=tmp_path, jobs=2, minutes=0, start="fork")
+    for expected in (["first", "last"], []):
+        seen.clear()
+        failed, left = run_steps(steps, ["last", "stranded"], args, lambda step: seen.append(step.name))
+        assert (failed, left, seen) == (["broken"], ["stranded"], expected)
+    assert (made / "a/b").is_dir() and not (made / "c").exists() and not (tmp_path / "d").exists()
+
+
+def test_a_time_limit_stops_what_runs(tmp_path):
+    steps = {name: Step(name, (), [(time.sleep, 60)]) for name in "ab"}
+    args, begun = Namespace(folder=tmp_path, jobs=1, minutes=0.005, start="fork"), time.time()
+    assert run_steps(steps, ["a", "b"], args, None) == ([], ["b", "a"]) and time.time() < begun + 30
+    assert not list((tmp_path / "done").iterdir())
+
+
+def test_a_merged_model_predicts_what_the_policy_does(tiny, tmp_path):
+    policy = load_policy(tiny, 4, "fp32", "cpu")
+    generator, t = torch.Generator().manual_seed(0), torch.tensor([9, 700])
+    latents = torch.randn(2, *policy.latent_shape(), generator=generator)
+
+    def predict(policy):
+        with torch.no_grad():
+            return policy.forward(latents, t, policy.embed(["a cat", "a dog"]))
+
+    base = predict(policy)
+    disturb(policy)
+    save_weights(policy, tmp_path / "checkpoints/epoch_0003")
+    (tmp_path / "config.json").write_text(json.dumps({"model": str(tiny)}))
+    merge(tmp_path, "epoch_0003", tmp_path / "merged")
+    merged, expected = predict(load_policy(tmp_path / "merged", 0, "fp32", "cpu")), predict(policy)
+    assert (expected - base).abs().max() > 1e-3
+    assert torch.allclose(merged, expected, atol=1e-2 * float((expected - base).abs().max()))
+
+
+def test_the_table_counts_in_the_base_models_standard_deviations(tmp_path, monkeypatch, capsys):
+    """Also for a run that began from another model, which DPO had made; its seconds are those of all its parts."""
+    parts = {"warm": 1.0, "calm": 0.0, "large": 0.5}
+
+    def line(method, base, after, before):
+        base, after = ({"taste": t, "taste_std": 2.0, "classifier_accuracy": 0.75, **parts} for t in (base, after))
+        return {
+            "run": f"{method}-50-rater0", "method": method, "choices": 50, "rater": 0, "seconds_before": before,
+            "taste": {"2": {"base": base, "finetuned": after}}, "metrics": {"seconds": [10.0, 20.0, 40.0]},
+        }  # fmt: skip
+
+    lines = [line("dpo", 1.0, 4.0, {}), line("dpo_ddpo", 4.0, 5.0, {"dpo": 30.0, "reward": 2.0})]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    paths = ["--results", str(tmp_path / "runs.jsonl"), "--figure", str(tmp_path / "figure.png")]
+    monkeypatch.setattr(sys, "argv", ["compare_preferences", "--draw", *paths])
+    compare_preferences.main()
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in capsys.readouterr().out.splitlines()[2:4]]
+    assert [row[:5] for row in rows] == [
+        ["50", "DPO", "2", "+1.50", "+1.50"],
+        ["50", "DPO, then DDPO", "2", "+2.00", "+2.00"],
+    ]
+    assert [(row[-2], float(row[-1])) for row in rows] == [("75%", pytest.approx(30)), ("75%", pytest.approx(62))]
+    assert (tmp_path / "figure.png").stat().st_size > 1000

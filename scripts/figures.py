@@ -32,7 +32,7 @@ from scripts.sweep import best_rates, final_reward  # noqa: E402
 LABELS = {
     "ddpo_is": "DDPO-IS", "ddpo_sf": "DDPO-SF", "rwr": "RWR", "rwr_sparse": "RWR-sparse", "best_of_n": "best of n",
     "nft": "NFT", "awm": "AWM", "ram": "RAM", "dpo": "online DPO",
-    "rank_1": "rank 1", "rank_4": "rank 4", "rank_16": "rank 16", "rank_64": "rank 64",
+    "rank_1": "rank 1", "rank_4": "rank 4", "rank_16": "rank 16", "rank_64": "rank 64", "full": "full",
     "compressibility": "compressibility: - kB", "incompressibility": "incompressibility: kB",
     "aesthetic": "a reward learned from choices",
 }  # fmt: skip
@@ -73,12 +73,12 @@ def read_jobs(results, sweep):
         raise InputError(f"{results}/{sweep}.jsonl has no finished job: run python -m scripts.sweep {sweep}")
     pictures = read_pictures(os.path.join(results, f"{sweep}.png"))
     jobs = [Job(lines[name], pictures) for name in sorted(lines)]
-    best = best_rates(SWEEPS[sweep](), lines)
+    best = best_rates(sweep, SWEEPS[sweep](), lines)
     for job in jobs:
         chosen = best.get(f"{job.panel}-{job.curve}") == job.rate
         print(
             f"{job.panel} {job.curve} lr {job.rate:g}{'*' if chosen else ''} seed {job.seed}: "
-            f"{job.metrics['reward_mean'][0]:.3f} to {final_reward(job.metrics):.3f}, {job.facts['seconds']:.0f} s"
+            f"{job.metrics['reward_mean'][0]:.3f} to {final_reward(job.facts):.3f}, {job.facts['seconds']:.0f} s"
         )
     return [job for job in jobs if best.get(f"{job.panel}-{job.curve}") == job.rate]
 
@@ -238,12 +238,11 @@ def draw_fig7(jobs):
     return figure
 
 
-def draw_lora(jobs, full):
-    """Reward curves by rank, and what each rank costs."""
-    full = [job for job in full if (job.panel, job.curve) == (jobs[0].panel, "ddpo_is")]
+def draw_lora(jobs):
+    """Reward curves by rank and of full finetuning, and what each costs."""
     figure, panels = plt.subplots(1, 4, figsize=(9, 2.7), layout="constrained", width_ratios=[2, 1, 1, 1])
-    curves = by_curve(jobs, jobs[0].panel) | {"full": full}
-    colours, queries = [], jobs[0].metrics["reward_queries"]  # fig4's runs are longer
+    curves = by_curve(jobs, jobs[0].panel)
+    colours, queries = [], curves["rank_1"][0].metrics["reward_queries"]  # those of full finetuning are longer
     for curve, mine in curves.items():
         name = f"{LABELS.get(curve, curve)}, {mine[0].rate:g}"
         colours.append(plot_band(panels[0], queries, rewards_of(mine)[:, : len(queries)], name))
@@ -320,7 +319,7 @@ FIGURES = {  # name -> how it is drawn, from the jobs of these sweeps
     "fig5": (draw_fig5, "fig5"),
     "fig6": (draw_fig6, "fig5", "fig7"),
     "fig7": (draw_fig7, "fig7"),
-    "lora": (draw_lora, "lora", "fig4"),
+    "lora": (draw_lora, "lora"),
     "ablations": (draw_ablations, "ablations"),
     "frontier": (draw_frontier,),
 }

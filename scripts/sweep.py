@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from config.base import get_config
-from config.sweeps import PICTURED, SEEDS, SWEEPS, job_of, seed_jobs, tuning_jobs
+from config.sweeps import JUDGED, PICTURED, SEEDS, SWEEPS, job_of, seed_jobs, tuning_jobs
 from ddpo.checkpoint import list_checkpoints
 from ddpo.errors import InputError, at_least, check_folder, choose, run_script
 from ddpo.options import NO_EFFECT, flatten, load_preset, read_options
@@ -79,7 +79,7 @@ def collect(run_dir, results, sweep, job, facts):
     facts["weights_mb"] = round(sum(map(os.path.getsize, weights)) / 1e6, 3)
     path = os.path.join(results, f"{sweep}.jsonl")
     curves, finished = SWEEPS[sweep](), read_results(path) | {job: summarise(run_dir) | {"metrics": metrics}}
-    for curve, rate in best_rates(curves, finished).items():
+    for curve, rate in best_rates(sweep, curves, finished).items():
         if sweep in PICTURED and job == job_of(curve, curves[curve], rate, SEEDS[0])[0]:
             grids = sorted(glob.glob(os.path.join(glob.escape(run_dir), "images", "epoch_*.png")))
             grids = grids if read_options(run_dir)["grid_every"] else grids[-1:]
@@ -88,25 +88,22 @@ def collect(run_dir, results, sweep, job, facts):
     return add_result(path, run_dir, job, facts)  # last: it marks the job as done
 
 
-def final_reward(metrics):
-    """The mean reward of a run's last three epochs."""
-    return metrics["reward_mean"][-3:].mean()
+def final_reward(line):
+    """The mean reward of a run's last three epochs. line: of a sweep's results."""
+    return line["metrics"]["reward_mean"][-3:].mean()
 
 
-def outcome(line):
-    """What a run came to: the reward gained while 95% of the animals are still named, if that was evaluated, or its
-    final reward. line: of a sweep's results."""
-    evaluations = line["evaluations"]
-    named = evaluations and "classifier_accuracy" in evaluations[-1]["seen, stochastic"]
-    return gain_while_named(evaluations)[0] if named else final_reward(line["metrics"])
-
-
-def best_rates(curves, results):
-    """{curve: learning rate} by the outcome of the finished jobs on the first seed. results: {job: its line}."""
+def best_rates(sweep, curves, results):
+    """{curve: learning rate} by the finished jobs on the first seed: the one with the highest final reward, or in the
+    sweeps JUDGED the highest gain in reward while 95% of the animals are named. results: {job: its line}."""
     best = {}
     for curve, options in curves.items():
         jobs = {rate: job_of(curve, options, rate, SEEDS[0])[0] for rate in options["train.learning_rate"]}
-        outcomes = {rate: outcome(results[job]) for rate, job in jobs.items() if job in results}
+        lines = {rate: results[job] for rate, job in jobs.items() if job in results}
+        if sweep in JUDGED:
+            outcomes = {rate: gain_while_named(line["evaluations"])[0] for rate, line in lines.items()}
+        else:
+            outcomes = {rate: final_reward(line) for rate, line in lines.items()}
         if outcomes:
             best[curve] = max(outcomes, key=outcomes.get)
     return best
@@ -180,7 +177,7 @@ def main():
         check_folder(folder)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed = run_jobs(tuning_jobs(curves), args)
-    best = best_rates(curves, read_results(os.path.join(args.results, f"{args.name}.jsonl")))
+    best = best_rates(args.name, curves, read_results(os.path.join(args.results, f"{args.name}.jsonl")))
     print("learning rates: " + ", ".join(f"{curve} {rate:g}" for curve, rate in best.items()), flush=True)
     failed += run_jobs(seed_jobs(curves, best), args)
     if failed:

@@ -14,7 +14,8 @@ try:
 except ImportError:  # torch for CPUs comes without
     triton = None
 
-enabled = False  # until a GPU has measured them: scripts/gpu_check.py sets it
+enabled = True  # scripts/gpu_check.py measures the difference
+LEAST = 2**20  # numbers in x: with fewer, three launches by Triton cost the host more than the copies do
 ROWS, COLUMNS = 32, 64  # of a tile of (pixels, channels)
 CHUNK = 256  # pixels of which one program adds up the moments
 
@@ -32,10 +33,12 @@ def norm_alone(norm, x):
 
 
 def applies(x):
-    """Whether x is on a GPU with its channels last. A compiler has its own way, and has to see through it."""
-    if not enabled or triton is None or torch.compiler.is_compiling():
+    """Whether x is what they were measured on: large, on a GPU, in half precision, with its channels last. A compiler
+    has its own way, and has to see through it."""
+    if not enabled or triton is None or torch.compiler.is_compiling() or type(x) is not torch.Tensor:
         return False
-    return x.is_cuda and type(x) is torch.Tensor and x.is_contiguous(memory_format=torch.channels_last)
+    large_halves = x.dtype in (torch.bfloat16, torch.float16) and x.numel() >= LEAST
+    return x.is_cuda and large_halves and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def group_norm(norm, x, with_silu):

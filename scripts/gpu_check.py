@@ -8,7 +8,7 @@ Random weights of Stable Diffusion 1.5's size (--size), since speed and memory d
     ceilings      TFLOP/s of a large matrix product, GB/s of a copy
     lora          a denoising step and a training pass in bf16: milliseconds, memory, |ratio - 1|; at the size nearest
                   to 8 in every layout of activations, with kernels, waits and FLOPs, and the kernels and operations
-                  that take longest; at the other sizes in the fastest of them
+                  that take longest; in the fastest of them with cuDNN's attention, and at the other sizes
     graphs        the same as CUDA graphs, which cost the host nothing
     full          full finetuning in fp32, tf32 and bf16: the same, and the angle of its gradient to that in fp32
     ratio_error   |ratio - 1| before any update and the kernels of attention, per precision and attention backend
@@ -26,6 +26,8 @@ import json
 import tempfile
 import time
 import warnings
+from itertools import pairwise
+from statistics import median
 
 import diffusers
 import torch
@@ -55,7 +57,8 @@ BACKENDS = {
 }
 ATTENTION = ("attention", "fmha", "flash", "sdpa")  # in kernels' names
 COMPARED = (0, 3, 5)  # steps whose gradients are compared
-STEPS = (2, 6)  # denoising steps of the two runs whose difference gives the cost of one
+STEPS = (2, 6)  # denoising steps of short trajectories
+TIMED = 12  # denoising steps of which each is timed
 REPEATS, LONG = 3, 1.0  # LONG: seconds
 LAYOUTS = {  # of convolutions' weights, and whether group norms are computed by ddpo/group_norm.py
     "contiguous": (torch.contiguous_format, False),
@@ -165,7 +168,7 @@ def norms(device):
         def gradient(function, norm, x, dy):
             x = x.detach().requires_grad_()
             y = function(norm, x)
-            return y, *torch.autograd.grad(y, (x, norm.weight, norm.bias), dy)
+            return y.detach(), *torch.autograd.grad(y, (x, norm.weight, norm.bias), dy)
 
         def plain(norm, x):
             return torch.nn.functional.silu(torch.nn.GroupNorm.forward(norm, x))
@@ -185,6 +188,7 @@ def exactness(policy, batch_size):
     """Per attention backend: the largest |ratio - 1| before any update of each step of a batch, and the kernels of
     attention without and with gradients. torch's own choice comes twice, to tell it from a first call's."""
     result, forward = {}, policy.forward
+    steps = STEPS[policy.device.type == "cuda"]
     for name, backend in {**BACKENDS, "default, again": None}.items():
 
         def with_backend(*inputs, backend=backend):  # of the UNet alone
@@ -194,8 +198,8 @@ def exactness(policy, batch_size):
         policy.forward = with_backend
         try:
             work = Work(policy, batch_size)
-            train = work.rollout(STEPS[1])
-            errors = torch.stack([train(step).max() for step in range(STEPS[1])])
+            train = work.rollout(steps)
+            errors = torch.stack([train(step).max() for step in range(steps)])
             result[name] = {"ratio_errors": errors.tolist()}
             if backend is None and policy.device.type == "cuda":
                 for key, call in (("sampling", work.network()), ("training", lambda train=train: train(0))):
@@ -285,9 +289,33 @@ def profile_kernels(function, device, most=12):
     }  # fmt: skip
 
 
-def per_step(few, many):
-    """Of a denoising step, from the totals of STEPS of them."""
-    return (many - few) / (STEPS[1] - STEPS[0])
+def sampling_ms(work):
+    """Milliseconds of a denoising step, the median of those from one pass through the network to the next by the
+    device's own clock, and of all else: a difference of two runs would be one of decoding's seconds."""
+    policy, device, marks = work.policy, work.policy.device, []
+    forward = policy.forward
+
+    def marked(*inputs):
+        if device.type == "cuda":
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        else:
+            marks.append(time.perf_counter())
+        return forward(*inputs)
+
+    synchronise(device)
+    start, policy.forward = time.perf_counter(), marked
+    try:
+        work.sample(TIMED)
+    finally:
+        del policy.forward  # the class's own again
+    synchronise(device)
+    total = 1e3 * (time.perf_counter() - start)
+    if device.type == "cuda":
+        steps = [a.elapsed_time(b) for a, b in pairwise(marks)]
+    else:
+        steps = [1e3 * (b - a) for a, b in pairwise(marks)]
+    return median(steps), total - TIMED * median(steps)
 
 
 def cost(policy, batch_size):
@@ -296,9 +324,7 @@ def cost(policy, batch_size):
     device, work = policy.device, Work(policy, batch_size)
     work.sample(STEPS[0])
     peak_memory_gb(device)  # of this batch size alone from here on
-    few, many = (1e3 * seconds(lambda n=n: work.sample(n), device) for n in STEPS)
-    result = {"sample_ms": per_step(few, many)}
-    result["decode_ms"] = few - STEPS[0] * result["sample_ms"]
+    result = dict(zip(("sample_ms", "decode_ms"), sampling_ms(work)))
     train = work.rollout(STEPS[0])
     result["train_ms"] = 1e3 * seconds(lambda: train(0), device)
     result["memory_gb"] = peak_memory_gb(device)
@@ -319,7 +345,8 @@ def details(policy, batch_size):
         train(0)
     result["train_tflop"] = counter.get_total_flops() / 1e12
     if device.type == "cuda":
-        result["sample_waits"] = per_step(*map(count_waits, samples))
+        few, many = map(count_waits, samples)
+        result["sample_waits"] = (many - few) / (STEPS[1] - STEPS[0])
         result["train_waits"] = count_waits(lambda: train(0))
     few, many = (profile_kernels(lambda n=n: work.sample(n), device, most=10**9) for n in (2, 3))
     for key in ("kernels", "kernel_ms"):
@@ -361,14 +388,19 @@ def graphs(policy, batch_size):
 def lora(load, report, sizes, middle):
     """All layouts at the middle size; the fastest one at the others and in what comes after."""
     times = {}
-    for layout in LAYOUTS:
-        if "own" in layout:
-            report("norms", norms, load.device)
+    report("norms", norms, load.device)
+    for layout in LAYOUTS if load.device.type == "cuda" else [load.layout]:
         policy = load(4, "bf16", layout)
         found = report(f"LoRA 4, bf16, {layout}, batch {middle}", cost, policy, middle)
         report(f"LoRA 4, bf16, {layout}, batch {middle}, details", details, policy, middle)
         times[layout] = found["train_ms"] + found["sample_ms"] if found else float("inf")
     load.layout = min(times, key=times.get)
+    if load.device.type == "cuda":
+        policy = load(4, "bf16")
+        torch.backends.cuda.enable_cudnn_sdp(True)  # which load_policy switches off, see there
+        report(f"LoRA 4, bf16, cuDNN's attention, batch {middle}", cost, policy, middle)
+        report(f"LoRA 4, bf16, cuDNN's attention, batch {middle}, details", details, policy, middle)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     for size in sizes:
         if size != middle:
             report(f"LoRA 4, bf16, {load.layout}, batch {size}", cost, load(4, "bf16"), size)
@@ -471,8 +503,8 @@ def main():
         if (lora_rank, precision) not in held:
             start = time.perf_counter()
             held.clear()
-            gc.collect()  # modules refer to themselves
             if device.type == "cuda":
+                gc.collect()  # modules refer to themselves
                 torch.cuda.empty_cache()
             held[lora_rank, precision] = load_policy(folder, lora_rank, precision, device)
             print(f"loaded rank {lora_rank}, {precision} ({time.perf_counter() - start:.1f} s)", flush=True)

@@ -1,10 +1,14 @@
 """The optimizer of an update: AdamW with a warm-up, clipping by global norm, and loss scaling in fp16. To try another
 one, change `make_optimizer`; parameter groups with learning rates of their own are warmed up and resumed alike."""
 
+from itertools import accumulate, groupby
+
 import torch
 from accelerate.utils import gather_object
 
 from ddpo.errors import InputError
+
+BUCKET = 2**24  # gradients summed over processes at a time: 64 MB
 
 
 def make_optimizer(parameters, options):
@@ -41,8 +45,7 @@ class Optimizer:
         `step`: it is not if it is not finite, unless the loss is and fp16's scaled gradient has merely overflowed, as
         it does now and then; the scaler then skips the step and scales less from there on."""
         if self.accelerator.num_processes > 1:
-            for p in self.parameters:
-                p.grad = self.accelerator.reduce(p.grad, "sum")
+            self.sum_over_processes()
         self.scaler.unscale_(self.adam)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
         if norm.isfinite():
@@ -50,6 +53,16 @@ class Optimizer:
             return True
         scaled = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         return scaled and bool(self.accelerator.reduce(self.loss).isfinite())
+
+    def sum_over_processes(self):
+        """Of the gradient, in few messages: hundreds of small ones cost their latency. Once an update, after all of its
+        backward passes, so that there is little that they could overlap with (docs/gpu.md)."""
+        ends = accumulate(p.numel() for p in self.parameters)
+        for _, bucket in groupby(zip(ends, self.parameters), lambda pair: pair[0] // BUCKET):
+            gradients = [p.grad for _, p in bucket]
+            total = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+            for gradient, part in zip(gradients, total.split([g.numel() for g in gradients])):
+                gradient.copy_(part.view_as(gradient))
 
     def step(self, updates_done):
         """Updates the weights. updates_done: in all epochs before; the learning rate rises linearly over the first

@@ -11,7 +11,8 @@ Random weights of Stable Diffusion 1.5's size (--size), since speed and memory d
                   that take longest; in the fastest of them with cuDNN's attention, and at the other sizes
     graphs        the same as CUDA graphs, which cost the host nothing
     full          full finetuning in fp32, tf32 and bf16: the same, and the angle of its gradient to that in fp32
-    ratio_error   |ratio - 1| before any update and the kernels of attention, per precision and attention backend
+    ratio_error   |ratio - 1| before any update and the kernels of attention, per precision (--precisions) and attention
+                  backend
     compile       torch.compile; minutes, and not by default
 
 Each result is printed and saved as soon as it is there; one that fails says why and the others go on; after --seconds
@@ -44,7 +45,7 @@ from ddpo.hardware import peak_memory_gb
 from ddpo.likelihood import Rollout
 from ddpo.losses import ALGORITHMS
 from ddpo.pipeline_logprob import draw_noise, sample_with_logprob
-from ddpo.policy import load_policy
+from ddpo.policy import PRECISIONS, load_policy
 from scripts.make_random_model import SIZES, make_random_model
 from scripts.provenance import commit, processor
 
@@ -434,11 +435,12 @@ def full(load, report, sizes, middle):
     report("gradient in bf16", lambda: angles(gradients(policy, trajectories, work), exact))
     exact.clear()
     report(f"full, bf16, batch {middle}", cost, policy, middle)
-    report(f"full, bf16, batch {middle}, details", details, policy, middle)
+    if load.device.type == "cuda":
+        report(f"full, bf16, batch {middle}, details", details, policy, middle)
 
 
 def ratio_errors(load, report, sizes, middle):
-    for precision in ("bf16", "fp32", "tf32", "fp16"):
+    for precision in load.precisions:
         policy = load(4, "fp32" if precision == "tf32" else precision)
         if precision == "tf32":
             set_precision(policy, precision)
@@ -466,6 +468,7 @@ def main():
     parser.add_argument("--size", default="sd15", choices=SIZES)
     parser.add_argument("--batch_sizes", type=at_least(1), nargs="+", default=[1, 8, 32])
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS)[:-1], choices=SECTIONS)
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32", "tf32", "fp16"], choices=PRECISIONS)
     parser.add_argument("--seconds", type=at_least(1), default=1200, help="after which nothing further is begun")
     parser.add_argument("--output", default="gpu_check.json")
     args = parser.parse_args()
@@ -511,7 +514,7 @@ def main():
         set_layout(held[lora_rank, precision], layout or load.layout)
         return held[lora_rank, precision]
 
-    load.device, load.layout = device, "channels_last"
+    load.device, load.layout, load.precisions = device, "channels_last", args.precisions
     with tempfile.TemporaryDirectory() as folder:
         try:
             with device:  # whose random numbers come faster

@@ -34,20 +34,21 @@ def test_bench(tiny, tmp_path):
 def test_gpu_check(tmp_path):
     """It runs to its end without a GPU, and says of what a CPU's attention cannot do that it is not available."""
     command = [sys.executable, "-m", "scripts.gpu_check", "--size", "tiny", "--batch_sizes", "1", "2"]
+    command += ["--precisions", "bf16", "fp32"]
     result = subprocess.run([*command, "--output", tmp_path / "found.json"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert not [name for name, value in found.items() if str(value).startswith("failed")]
-    for precision in ("fp32", "tf32", "bf16", "fp16"):
+    for precision in ("bf16", "fp32"):
         backends = found[f"ratio_error, {precision}"]
         assert not any(backends["default"]["ratio_errors"] + backends["default, again"]["ratio_errors"])
     assert found["ratio_error, fp32"]["cudnn"].startswith("not available") or torch.cuda.is_available()
     small = next(value for name, value in found.items() if name.startswith("LoRA 4") and name.endswith("batch 1"))
     large = found["LoRA 4, bf16, channels_last, batch 2"]
     assert small["images_per_second"] > 0 and large["ratio_error"] == 0
-    lora, full = (found[f"{kind}, batch 2, details"] for kind in ("LoRA 4, bf16, channels_last", "full, bf16"))
-    assert full["train_tflop"] > lora["train_tflop"] > 0  # gradients of all weights
-    assert lora["train_kernels"] > lora["sample_kernels"] > 0 and lora["train_longest_ms"]
+    lora, full = found["LoRA 4, bf16, channels_last, batch 2, details"], found["full, bf16, batch 2"]
+    assert lora["train_kernels"] > lora["sample_kernels"] > 0 < lora["train_tflop"] and lora["train_longest_ms"]
+    assert full["images_per_second"] > 0 == full["ratio_error"]
     assert found["gradient in fp32, again"]["step 0"]["cosine"] == pytest.approx(1)
     assert 0.9 < found["gradient in bf16"]["step 0"]["cosine"] < 1
 

@@ -1,21 +1,25 @@
 """The emoji world, and the embedded models trained on it."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from diffusers import StableDiffusionPipeline
-from transformers import CLIPModel, CLIPProcessor
+from conftest import ROOT, launch
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from test_train import metrics
+from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from config.base import get_config
 from ddpo import prompts
 from ddpo.evaluation import load_classifier, named_animals
 from ddpo.pipeline_logprob import sample_with_logprob
 from ddpo.policy import load_policy
 from scripts import emoji_world as world
+from scripts import make_emoji_model
 
-MODEL = str(ROOT / "models/emoji")
+MODEL, FLOW = str(ROOT / "models/emoji"), str(ROOT / "models/emoji-flow")
 
 
 def test_the_world_has_the_papers_animals_and_activities():
@@ -72,18 +76,85 @@ def test_pictures_show_the_glyph():
         assert np.asarray(image).std() > 10, animal
 
 
+def draw(model, texts, num_steps, guidance_scale):
+    """Without noise but the first: its pictures, and that first noise."""
+    policy, sample = load_policy(model, 0, "fp32", "cpu"), get_config().sample
+    sample.num_steps = num_steps
+    policy.prepare_sampling(sample)
+    noise = torch.randn(len(texts), *policy.noise_shape(sample), generator=torch.Generator().manual_seed(0))
+    return sample_with_logprob(policy, texts, noise.__getitem__, guidance_scale, 0.0).images, noise[:, 0]
+
+
 @pytest.fixture(scope="module")
 def drawn():
-    policy = load_policy(MODEL, 0, "fp32", "cpu")
-    policy.scheduler.set_timesteps(10)
-    texts = [p for p, _ in prompts.common_animals()]
-    noise = torch.randn(len(texts), 11, *policy.latent_shape(), generator=torch.Generator().manual_seed(0))
-    return sample_with_logprob(policy, texts, noise.__getitem__, guidance_scale=3.0, eta=0.0).images
+    return draw(MODEL, [p for p, _ in prompts.common_animals()], 10, 3.0)[0]
+
+
+def share_named(images):
+    named = named_animals(images, load_classifier(f"{MODEL}/classifier"))
+    return np.mean([a == b for a, b in zip(named, world.ANIMALS, strict=True)])
 
 
 def test_the_embedded_model_draws_the_animals(drawn):
-    named = named_animals(drawn, load_classifier(f"{MODEL}/classifier"))
-    assert np.mean([a == b for a, b in zip(named, world.ANIMALS)]) > 0.8
+    assert share_named(drawn) > 0.8
+
+
+def test_the_embedded_flow_draws_the_animals():
+    assert share_named(draw(FLOW, [p for p, _ in prompts.common_animals()], 10, 3.0)[0]) > 0.8
+
+
+def test_plain_diffusers_draws_the_embedded_flow_alike():
+    """All 256 tokens of zeros in T5's place, of which the policy has one."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(FLOW, text_encoder_3=None, tokenizer_3=None)
+    texts = ["a cat", "an ant riding a bike"]
+    ours, latents = draw(FLOW, texts, 4, 3.0)
+    theirs = pipe(texts, num_inference_steps=4, guidance_scale=3.0, latents=latents, output_type="np").images
+    np.testing.assert_allclose(np.stack([np.asarray(i) for i in ours]), theirs * 255, atol=1.01)
+    assert theirs.std() > 0.1
+
+
+def test_the_embedded_flow_trains(tmp_path):
+    """The preset's command, its LoRA and its guidance, on few images of few steps."""
+    options = {"sample__guidance_scale": 3.0, "train__learning_rate": 1e-3, "train__kl_weight": 0.01}
+    options |= {"lora_rank": 16, "model": FLOW, "direct": True}
+    launch("--config", "config/emoji_flow.py:compressibility,lora", run_dir=tmp_path / "run", **options)
+    lines = metrics(tmp_path / "run")
+    assert len(lines) == 2 and all(np.isfinite(value) for line in lines for value in line.values())
+    assert all(line["ratio_error"] == 0 and line["grad_norm"] > 0 and line["kl_old"] > 0 for line in lines)
+
+
+def test_making_the_flow_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    """To the bit, on another day: stopped in the fourth of four updates, when two were saved."""
+    clip_grad_norm_, updates = torch.nn.utils.clip_grad_norm_, []
+
+    def stopped_in_the_fourth(*arguments):
+        updates.append(arguments)
+        if len(updates) == 4 + 4:
+            raise KeyboardInterrupt
+        return clip_grad_norm_(*arguments)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stopped_in_the_fourth)
+    tokenizer = CLIPTokenizer.from_pretrained(f"{FLOW}/tokenizer")
+    captions = make_emoji_model.all_captions()[:6]
+    tokens = make_emoji_model.tokenize(tokenizer, captions, make_emoji_model.FLOW_TOKENS).unflatten(0, (3, 2))
+    latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
+    options = {"seed": 0, "device": "cpu", "save_every": 2, "flow_steps": 4, "flow_minutes": 0, "flow_batch": 2}
+    options |= {"flow_learning_rate": 1e-3}
+
+    def make(work):
+        work.mkdir(exist_ok=True)
+        args = SimpleNamespace(work=str(work), **options)
+        return make_emoji_model.make_flow(args, latents, tokens, 1.0, tokenizer).state_dict()
+
+    whole = make(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "parts")
+    torch.manual_seed(1)  # another day
+    parts = make(tmp_path / "parts")
+    assert len(updates) == 4 + 4 + 2
+    assert parts.keys() == whole.keys() and all(torch.equal(parts[key], whole[key]) for key in whole)
+    again = make(tmp_path / "parts")  # its weights are there
+    assert len(updates) == 4 + 4 + 2 and all(torch.equal(again[key], whole[key]) for key in whole)
 
 
 def test_the_embedded_clip_agrees(drawn):
@@ -96,5 +167,5 @@ def test_the_embedded_clip_agrees(drawn):
 
 
 def test_the_embedded_models_are_small():
-    size = sum(os.path.getsize(os.path.join(d, f)) for d, _, files in os.walk(ROOT / "models") for f in files)
-    assert size < 12e6
+    for model, most in ((MODEL, 12e6), (FLOW, 8e6)):
+        assert make_emoji_model.folder_size(model) < most

@@ -81,11 +81,13 @@ def _check_launcher(precision):
             f"{mixed if mixed in PRECISIONS else 'bf16'}, and launch with --mixed_precision no if accelerate's "
             "default_config.yaml asks for it"
         )
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    sharding = {"PARALLELISM_CONFIG": "parallelism config", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
+    for name in (*sharding, "FSDP"):
         if env.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise InputError(
-                f"accelerate launch's {name} does nothing here, every GPU holds the whole model: launch without it. "
-                "A LoRA and --config.train.gradient_checkpointing=True need less memory"
+                f"accelerate launch's {sharding.get(name, name)} does nothing here: launch without it. Several GPUs "
+                "split the samples, and each holds the whole model; --config.lora_rank above 0, --config.precision="
+                "bf16 and --config.train.gradient_checkpointing=True need less memory"
             )
     if env.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
         raise InputError("accelerate launch's dynamo backend does nothing here: leave it out, or --config.compile=True")

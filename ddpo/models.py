@@ -269,10 +269,7 @@ def load_model(model, device):
         if name not in PIPELINES:
             raise InputError(f"model {model!r} is a {name}, which is not supported. There is: {', '.join(PIPELINES)}")
         pipeline, family, options = PIPELINES[name]
-        # diffusers wants to be told of text encoders that the folder does not have: SD3's T5.
-        text = [part for part in index if part.startswith(("text_encoder", "tokenizer"))]
-        absent = {part: None for part in text if index[part][0] is None}
-        options = options | absent | load_networks(model, index)
+        options = options | absent_parts(index) | load_networks(model, index)
         pipe = pipeline.from_pretrained(model, dtype=torch.float32, **options)
     except InputError:
         raise
@@ -286,6 +283,13 @@ def load_model(model, device):
         raise InputError(f"model {model!r} is not a text-to-image model (an inpainting model, or SDXL's refiner?)")
     pipe.set_progress_bar_config(disable=True)
     return pipe, family(pipe, device)
+
+
+def absent_parts(index):
+    """{name: None} of the text encoders that a model_index.json says are absent, as SD3's T5 may be: diffusers'
+    from_pretrained wants to be told so."""
+    text = [part for part in index if part.startswith(("text_encoder", "tokenizer"))]
+    return {part: None for part in text if index[part][0] is None}
 
 
 def load_networks(model, index):

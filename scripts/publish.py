@@ -1,4 +1,4 @@
-"""Uploads a run's LoRA or UNet to the hub, with a model card.
+"""Uploads a run's LoRA, UNet or transformer to the hub, with a model card.
 
     python -m scripts.publish --run runs/NAME --repo USER/NAME              (uploads)
     python -m scripts.publish --run runs/NAME --repo USER/NAME --dry-run    (only writes RUN/publish/, to look at)
@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from ddpo.checkpoint import epoch_of, list_checkpoints
 from ddpo.errors import InputError, run_script
+from ddpo.models import absent_parts
 from ddpo.options import flatten
 from ddpo.policy import LORA_FILE
 from ddpo.rewards import read_terms
@@ -29,12 +30,6 @@ from scripts.results import read_metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-
-LOAD = {
-    "lora": 'pipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{repo}")',
-    "unet": 'unet = UNet2DConditionModel.from_pretrained("{repo}", subfolder="unet")\n'
-    'pipe = DiffusionPipeline.from_pretrained("{base}", unet=unet)',
-}
 
 
 def public_name(name):
@@ -73,8 +68,37 @@ def base_licence(model):
         return ""
 
 
-def write_card(run, config, kind, repo, checkpoint, licence, folder):
-    """Writes FOLDER/README.md, curve.png and before_after.png. Returns the card's text."""
+def code_to_draw(sample, part, network, base, absent, repo):
+    """The card's Python: draws as the run was sampled, a flow without the noise of its steps. sample: config.sample;
+    part: "unet" or "transformer"; network: its class if it was finetuned in full, "" for a LoRA; base: the base model's
+    name; absent: its parts that the pipeline must be told to do without."""
+    names, lines = ["DiffusionPipeline"], []
+    options = "".join(f", {name}=None" for name in absent)
+    if network:
+        names.append(network)
+        lines.append(f'{part} = {network}.from_pretrained("{repo}", subfolder="{part}")')
+        options += f", {part}={part}"
+    lines.append(f'pipe = DiffusionPipeline.from_pretrained("{base}"{options})')
+    if not network:
+        lines.append(f'pipe.load_lora_weights("{repo}")')
+    call = "num_inference_steps={num_steps}, guidance_scale={guidance_scale}".format(**sample)
+    call += "".join(f", {side}={sample[side]}" for side in ("height", "width") if sample.get(side))
+    if part == "unet":
+        names.append("DDIMScheduler")
+        lines.append("pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # sampled as in training")
+        call += f", eta={sample['eta']}"
+    elif sample.get("shift"):
+        names.append("FlowMatchEulerDiscreteScheduler")
+        lines.append(f"shift = {{'shift': {sample['shift']}, 'use_dynamic_shifting': False}}  # as in training")
+        lines.append("pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **shift)")
+        call += ", sigmas=[1 - i / {num_steps} for i in range({num_steps})]".format(**sample)
+    lines.append(f'image = pipe("a cat", {call}).images[0]')
+    return f"from diffusers import {', '.join(sorted(names))}\n\n" + "\n".join(lines)
+
+
+def write_card(run, config, kind, part, absent, repo, checkpoint, licence, folder):
+    """Writes FOLDER/README.md, curve.png and before_after.png. kind: "lora", or the part that was finetuned in full;
+    part, absent: as for code_to_draw."""
     epochs = epoch_of(checkpoint)  # what came after is of other weights
     metrics = {key: values[:epochs] for key, values in read_metrics(run).items()}
     figure, axes = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
@@ -93,12 +117,12 @@ def write_card(run, config, kind, repo, checkpoint, licence, folder):
         sheet.paste(before, (0, 0))
         sheet.paste(after, (before.width + 24, 0))
         sheet.save(folder / "before_after.png")
-    sample, base, first, last = config["sample"], config["model"], metrics[y][0], metrics[y][-1]
+    base, first, last = config["model"], metrics[y][0], metrics[y][-1]
     on_hub = "/" in base
     header = {
         "library_name": "diffusers", "pipeline_tag": "text-to-image", "license": licence or "other",
-        "tags": [*(["ddpo", "reinforcement-learning"] if sampled else ["diffusion-dpo"]), "stable-diffusion",
-                 *(["lora"] if kind == "lora" else [])],
+        "tags": [*(["ddpo", "reinforcement-learning"] if sampled else ["diffusion-dpo"]),
+                 "stable-diffusion" if part == "unet" else "flow-matching", *(["lora"] if kind == "lora" else [])],
     }  # fmt: skip
     if on_hub:  # a folder's name means nothing there
         header["base_model"] = base
@@ -106,8 +130,12 @@ def write_card(run, config, kind, repo, checkpoint, licence, folder):
         f"\nThe base model, {base}, is a folder that is not on the hub: without a copy of it, to be named instead of "
         f"PATH/TO/{base}, the code does not run.\n"
     )  # fmt: skip
-    sampling = "num_inference_steps={num_steps}, guidance_scale={guidance_scale}, eta={eta}".format(**sample)
-    method = f"LoRA of rank {config['lora_rank']}" if kind == "lora" else "full finetuning of the UNet"
+    method = {
+        "lora": f"LoRA of rank {config['lora_rank']}", "unet": "full finetuning of the UNet",
+        "transformer": "full finetuning of the transformer",
+    }[kind]  # fmt: skip
+    network = "" if kind == "lora" else json.loads((folder / kind / "config.json").read_text())["_class_name"]
+    code = code_to_draw(config["sample"], part, network, base if on_hub else f"PATH/TO/{base}", absent, repo)
     options = "\n".join(f"| `{key}` | `{value}` |" for key, value in sorted(flatten(config).items()))
     what, when = "The mean reward" if sampled else "The loss on them", f"epoch {len(metrics[y])}"
     if sampled:
@@ -132,11 +160,7 @@ def write_card(run, config, kind, repo, checkpoint, licence, folder):
 ## Use
 {missing}
 ```python
-from diffusers import DDIMScheduler, DiffusionPipeline{", UNet2DConditionModel" if kind == "unet" else ""}
-
-{LOAD[kind].format(base=base if on_hub else f"PATH/TO/{base}", repo=repo)}
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # sampled as in training
-image = pipe("a cat", {sampling}).images[0]
+{code}
 ```
 
 ## Licence
@@ -177,23 +201,22 @@ def prepare(run, repo, checkpoint, licence, folder, base_model=""):
     checkpoint = checkpoint or list(folders)[-1]
     if not epoch_of(checkpoint):
         raise InputError(f"{run}: {checkpoint} was saved before the first epoch was trained: it is the base model")
-    if is_transformer(folders[checkpoint]):
-        raise InputError(
-            f"{run}: cards are written for Stable Diffusion with a UNet; upload {folders[checkpoint]} by hand"
-        )
-    kind = "lora" if config["lora_rank"] else "unet"
+    part = "transformer" if is_transformer(folders[checkpoint]) else "unet"
+    kind = "lora" if config["lora_rank"] else part
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    # A LoRA lies at the top, where load_lora_weights looks; a UNet in unet/, as in every pipeline.
+    # A LoRA lies at the top, where load_lora_weights looks; a network in its part's folder, as in every pipeline.
     shutil.copytree(Path(folders[checkpoint], kind), folder / ("" if kind == "lora" else kind), dirs_exist_ok=True)
     for path in folder.rglob("*.json"):  # diffusers notes from which folder a model was loaded
         content = json.loads(path.read_text())
         content.pop("_name_or_path", None)
         path.write_text(json.dumps(content, indent=2))
     licence = licence or base_licence(base_model or config["model"])
+    index = Path(config["model"], "model_index.json")  # of a hub name all is there
+    absent = absent_parts(json.loads(index.read_text())) if index.exists() else {}
     config = public_options(config) | ({"model": base_model} if base_model else {})
     (folder / "ddpo_config.json").write_text(json.dumps(config, indent=2))
-    write_card(run, config, kind, repo, checkpoint, licence, folder)
+    write_card(run, config, kind, part, absent, repo, checkpoint, licence, folder)
 
 
 def main():

@@ -232,7 +232,7 @@ def test_end_to_end(request, tmp_path, model, rank, precision, options):
     if options.get("algorithm") != "nft":
         assert all(line["kl_old"] > 0 for line in lines)
     saved = tmp_path / "whole/checkpoints/epoch_0002"
-    assert is_transformer(saved)  # of which scripts.publish writes no card
+    assert is_transformer(saved)
     if rank:
         pipe = pipeline.from_pretrained(folder, dtype=torch.float32, **absent)
         pipe.load_lora_weights(str(saved / "lora"))

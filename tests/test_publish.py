@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Handler
+from diffusers import FluxPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 import scripts.publish
 from config.base import get_config
 from ddpo.errors import InputError
+from ddpo.pipeline_logprob import sample_with_logprob
 from ddpo.policy import load_policy, save_weights
 
 
@@ -89,10 +92,10 @@ PRIVATE = {  # nobody's business
 }  # fmt: skip
 
 
-def make_run(model, folder, lora_rank):
+def make_run(model, folder, lora_rank, **options):
     """What train.py leaves behind, with weights that differ from the base's."""
     config = get_config()
-    config.update_from_flattened_dict({"model": model, "lora_rank": lora_rank, **PRIVATE})
+    config.update_from_flattened_dict({"model": model, "lora_rank": lora_rank, **PRIVATE, **options})
     config.run_dir = str(folder)
     policy = load_policy(model, lora_rank, "fp32", "cpu")
     with torch.no_grad():
@@ -150,6 +153,39 @@ def test_what_is_uploaded_is_the_run(tiny, tmp_path, hub, lora_rank):
         assert len(load_file(folder / "pytorch_lora_weights.safetensors")) == len(policy.trainable_parameters())
     else:
         assert all(torch.equal(a, b) for a, b in zip(said["pipe"].unet.parameters(), policy.denoiser.parameters()))
+
+
+@pytest.mark.parametrize(
+    "model, lora_rank, options", [("tiny_sd35", 4, {"sample.shift": 3.0}), ("tiny_sd3", 0, {}), ("tiny_flux", 4, {})]
+)
+def test_cards_of_flow_models(request, tmp_path, model, lora_rank, options):
+    """Their code draws what the policy draws without the noise of its steps."""
+    model, run = request.getfixturevalue(model), tmp_path / "run"
+    run.mkdir()
+    options = {"sample.height": 32, "sample.width": 48, "sample.num_steps": 4, "sample.guidance_scale": 3.0} | options
+    policy = make_run(model, run, lora_rank, **options)
+    config = get_config()
+    config.update_from_flattened_dict(options)
+    policy.prepare_sampling(config.sample)
+    noise = torch.randn(1, *policy.noise_shape(config.sample), generator=torch.Generator().manual_seed(0))
+    ours = np.asarray(sample_with_logprob(policy, ["a cat"], noise.__getitem__, 3.0, 0.0).images[0])
+    scripts.publish.prepare(str(run), "me/model", "", "mit", run / "publish")
+    card = ModelCard.load(run / "publish/README.md")
+    assert "flow-matching" in card.data.tags and "stable-diffusion" not in card.data.tags
+    latents = noise[:, 0]
+    if "flux" in model:
+        latents = FluxPipeline._pack_latents(latents, *latents.shape)
+    said = {"latents": latents}
+    code = card.text.split("```python\n")[1].split("```")[0]
+    for words, meant in (
+        (f"PATH/TO/{os.path.basename(model)}", model), ("me/model", str(run / "publish")),
+        ('pipe("a cat"', 'pipe("a cat", latents=latents, output_type="np"'),
+    ):  # fmt: skip
+        assert words in code
+        code = code.replace(words, meant)
+    exec(code, said)
+    np.testing.assert_allclose(ours, said["image"] * 255, atol=1.01)
+    assert said["image"].std() > 0.02
 
 
 def test_dry_run_and_mistakes(tiny, tmp_path, hub, monkeypatch):

@@ -63,6 +63,15 @@ def test_two_processes_save_and_one_resumes(tiny, tmp_path):
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
+def test_a_flow_of_two_processes_goes_on_in_one(tiny_sd35, tmp_path):
+    """With guidance and a KL to the base model."""
+    options = {**BY_PROMPT, "model": tiny_sd35, "sample__guidance_scale": 3.0, "train__kl_weight": 0.1}
+    launch(run_dir=tmp_path / "one", direct=True, **options)
+    launch(run_dir=tmp_path / "two", num_epochs=1, processes=2, **options)
+    launch(resume=tmp_path / "two", direct=True, **options)
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
 def test_accelerate_launch_is_refused_what_it_would_not_do(tiny, tmp_path):
     """It starts one process where there is no GPU, and what else it is told would be ignored without a word."""
     several = ("accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2")

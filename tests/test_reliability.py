@@ -107,13 +107,15 @@ def test_memory_knobs_change_nothing(tiny, tmp_path, monkeypatch, options):
 
 
 # --------------------------------------------------------------------------------------------- killed, stopped, full
-def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
+@pytest.mark.parametrize("size, kills", [("tiny", 3), ("tiny_sd35", 1)])
+def test_killed_runs_end_as_if_nothing_had_happened(tmp_path, size, kills):
     """The script that kills a run at random moments (results/reliability has 50 of its kills)."""
-    command = [sys.executable, "-m", "scripts.dev.kill_runs", "--kills", "3", "--per_run", "3", "--seed", "1"]
+    command = [sys.executable, "-m", "scripts.dev.kill_runs", "--kills", str(kills), "--per_run", "3", "--seed", "1"]
+    command += ["--size", size]
     result = subprocess.run([*command, "--output", tmp_path / "kills.json"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads((tmp_path / "kills.json").read_text())
-    assert found["kills"] == 3 == sum(found["killed_in"].values()) and found["differing"] == []
+    assert found["kills"] == kills == sum(found["killed_in"].values()) and found["differing"] == []
 
 
 def start_and_wait(line, **options):

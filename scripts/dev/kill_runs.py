@@ -121,11 +121,12 @@ def main():
     parser.add_argument("--kills", type=at_least(1), default=50)
     parser.add_argument("--per_run", type=at_least(1), default=5, help="kills of one run before it may finish")
     parser.add_argument("--seed", type=seed, default=0, help="of the moments")
+    parser.add_argument("--size", choices=("tiny", "tiny_xl", "tiny_sd35"), default="tiny", help="the random model")
     parser.add_argument("--output", default="", help="a JSON file for the result")
     args = parser.parse_args()
     torch.set_num_threads(1)
     start, work = time.time(), tempfile.mkdtemp()
-    model = str(make_random_model("tiny", os.path.join(work, "model")))
+    model = str(make_random_model(args.size, os.path.join(work, "model")))
     options = {
         "model": model, "lora_rank": 4, "num_epochs": EPOCHS, "save_every": 1, "keep_checkpoints": 2, "threads": 1,
         "prompts": "common_animals", "grid_images": 2, "sample.num_steps": 4, "sample.images_per_epoch": 16,
@@ -165,7 +166,7 @@ def main():
     bar.close()
     result = {
         "kills": killed, "runs": number, "killed_in": dict(phases), "differing": differing,
-        "seed": args.seed, "seconds": round(time.time() - start), "commit": commit(),
+        "size": args.size, "seed": args.seed, "seconds": round(time.time() - start), "commit": commit(),
     }  # fmt: skip
     print(json.dumps(result, indent=1))
     if args.output:

@@ -16,6 +16,7 @@ An epoch of `grpo` is 1,152 x 10 steps x 2 (guidance) = 23,040 forward passes to
 passes to train. Memory in bf16, computed from the numbers of weights: 4.5 GB for the transformer (2.24B) and 0.9 GB for
 its table of positions, 9.5 GB for T5 (a folder saved without it spares them), 3.3 GB for the CLIPs and 0.3 GB for the
 VAE in float32, 0.4 GB for the LoRA (24M) with gradients and moments; beside activations, which are not measured.
+Loading takes 14 GB of host memory, 33 with T5.
 """
 
 from config.base import choose_variant

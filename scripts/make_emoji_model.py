@@ -522,14 +522,14 @@ def judge_drawings(pipe, classifier, args, result, **options):
         options.update(num_inference_steps=20, guidance_scale=args.guidance_scale, generator=generator)
         return [image for i in range(0, len(prompts), 45) for image in pipe(prompts[i : i + 45], **options).images]
 
-    images = draw([f"{world.article(a)} {a}" for a in ANIMALS] * 8, seed=1)
+    images = draw([f"{world.article(a)} {a}" for a in ANIMALS] * 8, seed=1 + args.seed)
     x = to_tensor(np.stack([np.asarray(i) for i in images]), args.device)
     hits = classifier(x).logits.argmax(1).cpu().reshape(8, 45) == torch.arange(45)
     result["classifier_on_generated"] = hits.float().mean().item()
     result["worst_animals"] = {ANIMALS[i]: int(hits[:, i].sum()) for i in hits.sum(0).argsort()[:8]}
     result["guidance_scale"] = args.guidance_scale
     busy = [f"{world.article(a)} {a} {d}" for a in ANIMALS[:15] for d in world.ACTIVITIES]
-    return {"animals.jpg": (images[:90], 15), "activities.jpg": (draw(busy, seed=2), 15)}
+    return {"animals.jpg": (images[:90], 15), "activities.jpg": (draw(busy, seed=2 + args.seed), 15)}
 
 
 def folder_size(folder):
@@ -560,7 +560,7 @@ def main():
     parser.add_argument("--output", help="where the finished models go (models/emoji or models/emoji-flow)")
     parser.add_argument("--work", help="where unfinished work is kept (runs/emoji-model or runs/emoji-flow-model)")
     parser.add_argument("--base", default="models/emoji", help="of a flow: whose VAE, tokenizer and classifier serve")
-    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--seed", type=seed, default=0, help="of the training, and of the noises of the report")
     parser.add_argument("--pictures", type=at_least(1), default=40_000)
     parser.add_argument("--classifier_steps", type=at_least(1), default=1500)
     parser.add_argument("--vae_steps", type=at_least(1), default=1800)

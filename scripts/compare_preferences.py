@@ -77,7 +77,7 @@ def run_step(method, count, rater, args):
     """The training by a method on a rater's choices, and the measuring after its EPOCHS."""
     folder, case = args.folder, f"{count}-rater{rater}"
     run, reward, merged = f"{folder}/{method}-{case}", f"{folder}/reward-{case}", f"{folder}/merged-{case}"
-    epochs, commands, needs = EPOCHS[method], [], [f"votes-{case}"]
+    epochs, commands, needs = args.epochs or EPOCHS[method], [], [f"votes-{case}"]
     options = [f"--config.seed={rater}", "--config.threads=1", f"--config.num_epochs={epochs[-1]}"]
     options += [f"--config.save_every={np.gcd.reduce(epochs)}", "--config.keep_checkpoints=0", "--config.grid_every=0"]
     if torch.cuda.is_available():  # all pictures of an epoch at once, and all transitions, or pairs, of an update
@@ -214,7 +214,8 @@ def collect_run(step, args, machine):
     if not step.run:
         return
     method, count, rater = step.name.split("-")
-    measured = {epoch: json.loads(Path(step.run, f"epoch_{epoch:04d}.json").read_text()) for epoch in EPOCHS[method]}
+    epochs = args.epochs or EPOCHS[method]
+    measured = {epoch: json.loads(Path(step.run, f"epoch_{epoch:04d}.json").read_text()) for epoch in epochs}
     facts = {"method": method, "choices": int(count), "rater": int(rater.removeprefix("rater")), "taste": measured}
     facts["seconds_before"] = {}  # what is needed took
     for need in step.needs:
@@ -316,6 +317,7 @@ def main():
     parser.add_argument("--methods", nargs="+", default=list(LABELS), choices=LABELS, metavar="NAME")
     parser.add_argument("--jobs", type=whole, default=1, help="how many at a time, each with one CPU thread")
     parser.add_argument("--minutes", type=at_least(0, float), default=0.0, help="stop after so many; 0: never")
+    parser.add_argument("--epochs", type=whole, nargs="+", help="after which runs are measured, the last ending them")
     parser.add_argument("--pictures", type=whole, default=4, help="per animal, that a run is judged by")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="of train.py, for all runs")
     parser.add_argument("--folder", default="runs/preferences", help="where everything is made")

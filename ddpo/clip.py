@@ -66,15 +66,21 @@ def _load_clip(name, device, dtype, processor):
     return model.to(device).eval().requires_grad_(False), processor
 
 
+def image_pixels(clip, images):
+    """What the vision model takes (B, 3, H, W) of B PIL images, on its device and in its precision."""
+    model, processor = clip
+    images = [image.convert("RGB") for image in images]
+    pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    return pixels.to(model.device, model.dtype)
+
+
 @torch.no_grad()
 def embed_images(clip, images, batch_size=32):
     """Unit embeddings (B, D), float32 on the model's device, of B PIL images."""
-    model, processor = clip
     embeddings = []
     for start in range(0, len(images), batch_size):
-        batch = [image.convert("RGB") for image in images[start : start + batch_size]]
-        pixels = processor.image_processor(images=batch, return_tensors="pt")["pixel_values"]
-        embeddings.append(model.get_image_features(pixels.to(model.device, model.dtype)).pooler_output.float())
+        pixels = image_pixels(clip, images[start : start + batch_size])
+        embeddings.append(clip[0].get_image_features(pixels).pooler_output.float())
     return torch.nn.functional.normalize(torch.cat(embeddings), dim=-1)
 
 

@@ -28,6 +28,7 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.utils.logging import disable_progress_bar
 from safetensors import SafetensorError
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -36,6 +37,7 @@ from ddpo.ddim_logprob import ddim_step_mean_std, gaussian_log_prob
 from ddpo.errors import InputError
 from ddpo.flow_logprob import flow_log_prob, flow_step_mean_std
 
+disable_progress_bar()  # of loading a pipeline's parts; downloads keep theirs
 T5_TOKENS = 256  # of SD3's pipeline, if it is not told otherwise
 
 

@@ -13,7 +13,6 @@ from functools import partial
 import torch
 import transformers
 from diffusers.training_utils import EMAModel
-from diffusers.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import T5EncoderModel
@@ -26,7 +25,6 @@ from ddpo.masters import Masters
 from ddpo.models import Conditions, load_model, load_network
 
 transformers.logging.set_verbosity_warning()
-disable_progress_bar()  # of loading a pipeline's parts; downloads keep theirs
 # The network's dtype, if not float32.
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEPT_EMBEDDINGS = 1024  # prompts, the newest: 0.24 GB of host memory for Stable Diffusion 1.x, 0.7 GB for SDXL

@@ -1,4 +1,4 @@
-"""A learned reward: frozen CLIP image embeddings and a small head, from ratings or from choices between pictures.
+"""A learned reward: features of a frozen network and a linear head, from ratings or from choices between pictures.
 
 Ratings y of pictures x: the head f is fitted by regression, min sum (f(x) - y)^2. Choices between a and b follow
 Bradley and Terry (1952), P(a is chosen) = sigmoid(f(a) - f(b)); a tie counts as half a choice of each. Every vote of
@@ -22,13 +22,15 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from ddpo.clip import embed_images, load_clip
 from ddpo.errors import InputError
+from ddpo.features import load_features
+from ddpo.seeds import numpy_generator
 
 VOTES = {"left": 1.0, "right": 0.0, "tie": 0.5}
+FOLDS = 5  # of the votes, each held out once
+RIDGES = 10.0 ** np.arange(0, -4.5, -0.5)  # of `fit_ridge`, the stiffest first
 
 
 # ----------------------------------------------------------------------------------------------------------- the data
@@ -139,26 +141,27 @@ def picture_keys(paths):
         return dict(tqdm(pool.map(key, sorted(paths)), "reading", len(paths), unit="picture", leave=False))
 
 
-def cached_embeddings(encoder, paths, cache, device="cpu", precision="fp32", batch_size=32):
-    """Unit CLIP embeddings (N, D) of N different picture files, from the folder `cache` where they are known already.
+def cached_features(kind, network, paths, cache, device="cpu", precision="fp32", batch_size=32):
+    """Features (N, D), on the CPU, of N different picture files (see `ddpo.features.load_features`), from the folder
+    `cache` where they are known already.
 
-    The cache goes by the files' content and the encoder's weights and preprocessing, so it never returns those of
+    The cache goes by the files' content, the network's weights and its preprocessing, so it never returns those of
     another picture or model of the same name.
     """
-    clip = load_clip(encoder, device, precision)
-    digest = hashlib.sha256(repr(clip[1].image_processor.to_dict()).encode())
-    for weight in (*clip[0].vision_model.parameters(), clip[0].visual_projection.weight):
-        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
+    embed, tensors = load_features(kind, network, device, precision)
+    digest = hashlib.sha256(kind.encode())
+    for tensor in tensors:
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     file = Path(cache) / f"{digest.hexdigest()[:16]}.safetensors"
     known = load_file(file) if file.exists() else {}
     keys = [hashlib.sha256(Path(path).read_bytes()).hexdigest()[:32] for path in paths]
     missing = [i for i, key in enumerate(keys) if key not in known]
-    bar = tqdm(total=len(missing), desc="embedding", unit="picture", disable=not missing)
+    bar = tqdm(total=len(missing), desc=kind, unit="picture", disable=not missing)
     try:
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
-            for i, embedding in zip(batch, embed_images(clip, [_open(paths[i]) for i in batch], batch_size).cpu()):
-                known[keys[i]] = embedding.clone()
+            for i, features in zip(batch, embed([_open(paths[i]) for i in batch], batch_size).cpu()):
+                known[keys[i]] = features.clone()
             bar.update(len(batch))
     finally:  # what is known is kept, whatever came between
         bar.close()
@@ -177,66 +180,125 @@ def _open(path):
 
 
 # ------------------------------------------------------------------------------------------------------------ the head
-def make_head(dimension, hidden=0):
-    """f: (..., D) -> (..., 1). Linear, or with one hidden layer."""
-    if not hidden:
-        return torch.nn.Linear(dimension, 1)
-    return torch.nn.Sequential(torch.nn.Linear(dimension, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, 1))
+def standardise(features):
+    """(features (M, D) float64 with mean 0, and variance 1 / D in every dimension; (mean, scale) (D,) that did it).
+    Dimensions without variance but for rounding become 0: they say nothing."""
+    features = features.double().numpy()
+    mean, std = features.mean(0), features.std(0)
+    scale = np.where(std > 1e-5 * abs(mean) + 1e-12, 1 / np.maximum(std, 1e-12), 0) / features.shape[1] ** 0.5
+    return (features - mean) * scale, (mean, scale)
 
 
-def head_loss(head, embeddings, index, target):
-    """(N,) losses. index (N, 2): cross-entropy of Bradley-Terry, target in [0, 1]; index (N,): squared error."""
-    scores = head(embeddings[index]).squeeze(-1)
-    if index.ndim == 2:
-        return F.binary_cross_entropy_with_logits(scores[:, 0] - scores[:, 1], target, reduction="none")
-    return (scores - target) ** 2
+def in_span(rows):
+    """(Z (N, R), V (D, R)) with rows (N, D) = Z V^T, V^T V = 1 and R <= min(N, D): a ridge's minimum lies in the span
+    of the rows, so its search takes no more dimensions than that."""
+    if rows.shape[1] <= len(rows):
+        return rows, np.eye(rows.shape[1])
+    values, vectors = np.linalg.eigh(rows @ rows.T)
+    kept = values > 1e-10 * values[-1]
+    lengths = np.sqrt(values[kept])
+    return vectors[:, kept] * lengths, rows.T @ vectors[:, kept] / lengths
 
 
-def train_head(embeddings, index, target, validation=None, epochs=300, patience=20, hidden=0, seed=0,
-               learning_rate=1e-2, weight_decay=10.0, batch_size=64, progress="training"):  # fmt: skip
-    """Fits a head with AdamW.
+def fit_ridge(rows, target, ridge, choices, start=None):
+    """The weights (R,) and bias of the minimum of
+
+        mean loss(rows w + bias, target) + ridge / 2 |w|^2
+
+    over rows (N, R): for choices, rows being differences of two pictures' features, loss is the cross-entropy of
+    Bradley and Terry, and the bias 0; for ratings half the squared error. Both are convex: there is one minimum.
+    start: where the search begins.
+    """
+    from scipy.optimize import minimize  # slow to import, and every start imports this file
+    from scipy.special import expit
+
+    centre, level = (0, 0) if choices else (rows.mean(0), target.mean())  # the bias that is best for any weights
+    x, y = rows - centre, target - level
+
+    def loss(w):
+        margin = x @ w
+        if choices:
+            value, slope = np.logaddexp(0, margin) - y * margin, expit(margin) - y
+        else:
+            value, slope = (margin - y) ** 2 / 2, margin - y
+        return value.mean() + ridge / 2 * w @ w, x.T @ slope / len(y) + ridge * w
+
+    start = np.zeros(rows.shape[1]) if start is None else start
+    options = {"maxiter": 2000, "maxfun": 4000, "gtol": 1e-7, "ftol": 1e-12}
+    w = minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
+    return w, level - np.sum(centre * w)
+
+
+def vote_losses(predicted, target, choices):
+    """(N,) losses of `fit_ridge` at predictions."""
+    return np.logaddexp(0, predicted) - target * predicted if choices else (predicted - target) ** 2 / 2
+
+
+def folds(pictures, count, seed):
+    """Yields (rows to train on, rows held out) for each of `count` parts of N votes on `pictures`, (N, 2) or (N,).
+
+    Votes on the same pictures are in one part, and training votes that share a picture with the part held out are left
+    out: else it would be measured on pictures that were trained on.
+    """
+    pictures = pictures.reshape(len(pictures), -1)
+    groups = {}
+    for row, names in enumerate(pictures.tolist()):
+        groups.setdefault(tuple(sorted(names)), []).append(row)
+    groups = list(groups.values())
+    order = numpy_generator("split", seed).permutation(len(groups))
+    for k in range(count):
+        held = np.array([row for i in order[k::count] for row in groups[i]], dtype=int)
+        free = ~np.isin(pictures, pictures[held]).any(1)
+        yield np.flatnonzero(free), held
+
+
+def choose_ridge(rows, target, parts, choices):
+    """The ridge of RIDGES with the least loss on the votes held out. parts: of `folds`."""
+    losses = np.zeros(len(RIDGES))
+    for train, held in parts:
+        w = None
+        for i, ridge in enumerate(RIDGES):
+            w, bias = fit_ridge(rows[train], target[train], ridge, choices, w)
+            losses[i] += vote_losses(rows[held] @ w + bias, target[held], choices).sum()
+    return float(RIDGES[np.argmin(losses)])
+
+
+def learn(features, index, target, seed=0):
+    """Fits a linear head, and says how good it is on votes that it has not seen.
 
     Args:
-        embeddings: (M, D).
-        index, target: see `head_loss`; (N, 2) or (N,) rows of `embeddings`, and (N,) float.
-        validation: (index, target) for early stopping: the weights of the best epoch are kept, and training ends
-            `patience` epochs after it. None: `epochs` epochs.
+        features: (M, D).
+        index, target: the N votes: rows of `features`, (N, 2) for choices or (N,) for ratings, and (N,) floats, in
+            [0, 1] for choices.
+        seed: of the folds.
     Returns:
-        the head, and the number of epochs it was trained.
+        head: a Linear of D features, fitted to all votes.
+        held_out: (N,) what heads that had not seen a vote's pictures predict of it: f(left) - f(right), or the rating.
+            Their ridge, too, was chosen without them.
+        ridge: the head's.
+    Raises:
+        InputError if the votes share so many pictures that none can be held out.
     """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = make_head(embeddings.shape[1], hidden)
-    # CLIP's embeddings lie in a narrow cone; standardised, all directions train at one pace. Undone at the end.
-    used = embeddings[index.flatten().unique()]
-    mean, std = used.mean(0), used.std(0).clamp_min(1e-6)
-    standard = (embeddings - mean) / std
-    optimizer = torch.optim.AdamW(head.parameters(), learning_rate, weight_decay=weight_decay)
-    best, best_epoch, best_state = float("inf"), 0, None
-    bar = tqdm(range(1, epochs + 1), progress, unit="epoch", leave=False)
-    for epoch in bar:
-        for batch in torch.randperm(len(target), generator=generator).split(batch_size):
-            optimizer.zero_grad()
-            head_loss(head, standard, index[batch], target[batch]).mean().backward()
-            optimizer.step()
-        if validation is not None:
-            with torch.no_grad():
-                loss = head_loss(head, standard, *validation).mean().item()
-            bar.set_postfix(validation_loss=f"{loss:.4f}")
-            if loss < best:
-                best, best_epoch = loss, epoch
-                best_state = {k: v.clone() for k, v in head.state_dict().items()}
-            elif epoch >= best_epoch + patience:
-                break
-    bar.close()
-    if best_state:
-        head.load_state_dict(best_state)
-    first = head if not hidden else head[0]
-    with torch.no_grad():  # f((x - mean) / std) as a function of x
-        first.weight /= std
-        first.bias -= first.weight @ mean
-    return head.requires_grad_(False), best_epoch or epochs
+    choices, index = index.ndim == 2, np.asarray(index)
+    target = np.asarray(target, dtype=np.float64)
+    standard, (mean, scale) = standardise(features)
+    rows = standard[index[:, 0]] - standard[index[:, 1]] if choices else standard[index]
+    rows, span = in_span(rows)
+    held_out, outer = np.zeros(len(target)), list(folds(index, FOLDS, seed))
+    for train, held in outer:
+        inner = list(folds(index[train], FOLDS, seed))
+        if min(len(part) for pair in inner for part in pair) < 1:
+            raise InputError("the votes share so many pictures that none can be held out: rate more different ones")
+        ridge = choose_ridge(rows[train], target[train], inner, choices)
+        w, bias = fit_ridge(rows[train], target[train], ridge, choices)
+        held_out[held] = rows[held] @ w + bias
+    ridge = choose_ridge(rows, target, outer, choices)
+    w, bias = fit_ridge(rows, target, ridge, choices)
+    weight = (span @ w) * scale  # of the features as they are
+    head = torch.nn.Linear(len(weight), 1).requires_grad_(False)
+    head.weight.copy_(torch.from_numpy(weight))
+    head.bias.fill_(bias - mean @ weight)
+    return head, held_out, ridge
 
 
 # ------------------------------------------------------------------------------------------------------ how good it is
@@ -334,15 +396,22 @@ def agreement(items, votes):
 
 
 # ---------------------------------------------------------------------------------------------------------- the folder
-def save_reward_model(folder, head, encoder, hidden, details):
-    """Writes reward.json and head.safetensors. details: what else reward.json should say. An encoder that is a folder
-    is named by its place relative to this one."""
+def make_head(dimension, hidden=0):
+    """f: (..., D) -> (..., 1). Linear; older reward models may have one hidden layer."""
+    if not hidden:
+        return torch.nn.Linear(dimension, 1)
+    return torch.nn.Sequential(torch.nn.Linear(dimension, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, 1))
+
+
+def save_reward_model(folder, head, features, encoder, details):
+    """Writes reward.json and head.safetensors. features, encoder: of `load_features`. details: what else reward.json
+    should say. An encoder that is a folder is named by its place relative to this one."""
     os.makedirs(folder, exist_ok=True)
     encoder = os.path.relpath(encoder, folder) if os.path.isdir(encoder) else encoder
     weights, description = (os.path.join(folder, name) for name in ("head.safetensors", "reward.json"))
     save_file(head.state_dict(), weights)
     with open(description, "w") as f:
-        json.dump({"encoder": encoder, "hidden": hidden, **details}, f, indent=1)
+        json.dump({"features": features, "encoder": encoder, **details}, f, indent=1)
     shutil.copymode(description, weights)  # safetensors' own is for the owner alone
 
 
@@ -359,23 +428,23 @@ def load_reward_model(folder, device="cpu", precision="fp32", batch_size=32):
     try:
         with open(os.path.join(folder, "reward.json")) as f:
             description = json.load(f)
-        encoder, hidden = encoder_of(folder), description["hidden"]
+        encoder = encoder_of(folder)
+        kind, hidden = description.get("features", "embedding"), description.get("hidden", 0)  # older ones have others
         state = load_file(os.path.join(folder, "head.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise InputError(
             f"the folder holds no reward model ({error}). python -m scripts.train_reward --output FOLDER makes one"
         ) from error
-    clip = load_clip(encoder, device, precision)
-    head = make_head(clip[0].config.projection_dim, hidden)
+    embed, _ = load_features(kind, encoder, device, precision)
+    head = make_head(embed([Image.new("RGB", (64, 64))], 1).shape[1], hidden)
     try:
         head.load_state_dict(state)
     except RuntimeError as error:
         raise InputError(f"its head does not fit {encoder}: {' '.join(str(error).split())}") from error
-    head.to(device)
+    head.to(device).requires_grad_(False)
 
     def learned(images, prompts, metadata):
         """The head's value of each picture, in the unit of the ratings, or in nats of preference for choices."""
-        with torch.no_grad():
-            return head(embed_images(clip, images, batch_size)).squeeze(-1).cpu().numpy(), {}
+        return head(embed(images, batch_size)).squeeze(-1).cpu().numpy(), {}
 
     return learned

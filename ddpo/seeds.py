@@ -11,6 +11,7 @@ STREAMS = {
     "denoising": 4,  # timestep, noise and dropout of the denoising loss: (seed, epoch, sample)
     "rater": 4,  # a simulated person's mistakes: (seed,), shorter than any key of "denoising"
     "pairs": 6,  # the order of choices: (seed, pass)
+    "features": 7,  # the noise under which a UNet sees pictures: (0,)
     "split": 5,  # of choices and ratings, into those trained on and those held out: (seed,)
 }
 

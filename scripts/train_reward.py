@@ -1,6 +1,6 @@
 """Trains a reward model of your own, from choices between two pictures or from ratings of single ones.
 
-    python -m scripts.train_reward --choices runs/annotations/choices.jsonl --output runs/my-reward
+    python -m scripts.train_reward --choices runs/annotations/choices.jsonl --model MODEL --output runs/my-reward
     python -m scripts.train_reward --ratings ratings.csv --images FOLDER --output runs/my-reward
     python -m scripts.train_reward --ratings AVA.txt --images AVA/images --output runs/my-reward
     accelerate launch train.py --config config/emoji.py:aesthetic --config.reward=learned:runs/my-reward
@@ -8,8 +8,10 @@
 --choices takes files of scripts.annotate, of any number of raters. --ratings takes a CSV or JSONL with the columns
 image, score and, if several people rated, rater; or AVA's list of vote counts.
 
-A fifth of the pictures or pairs is held out to be measured on, another fifth of the rest stops the training early. The
-head that is saved is then trained on everything, for as many epochs (--no_refit: it is the one that was measured).
+The reward is a linear function of features of a frozen network (ddpo/features.py): of a CLIP, --encoder, or of a
+diffusion model's UNet, --model, best that of the model whose pictures are judged. Of several features those are taken
+that best predict votes held out: each fifth of the votes is predicted from the rest. The head that is saved has seen
+them all.
 """
 
 import argparse
@@ -20,47 +22,26 @@ import matplotlib
 import numpy as np
 import torch
 
-from ddpo.errors import InputError, at_least, check_folder, run_script, seed
+from ddpo.errors import InputError, check_folder, run_script, seed
+from ddpo.features import FEATURES, load_features
 from ddpo.reward_model import (
     VOTES,
     agreement,
-    cached_embeddings,
+    cached_features,
     evaluate_choices,
     evaluate_ratings,
+    learn,
     picture_keys,
     read_choices,
     read_ratings,
     save_reward_model,
-    train_head,
+    vote_losses,
 )
-from ddpo.seeds import numpy_generator
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 FEWEST = 20  # votes; with fewer nothing can be held out
-
-
-def split(index, seed):
-    """Splits votes into training, validation and held-out rows: about 64, 16 and 20%.
-
-    index (N, 2) or (N,): the pictures of each vote. Votes on the same pictures stay together, and training votes that
-    share a picture with a later part are left out: else it would be measured on pictures it has seen.
-    Returns three arrays of rows.
-    """
-    index = index.reshape(len(index), -1)
-    groups = {}
-    for row, pictures in enumerate(index.tolist()):
-        groups.setdefault(tuple(sorted(pictures)), []).append(row)
-    keys = list(groups)
-    order = numpy_generator("split", seed).permutation(len(keys))
-    held, stop = max(1, round(0.2 * len(keys))), max(1, round(0.16 * len(keys)))
-    parts, taken = [], set()
-    for chosen in (order[:held], order[held : held + stop], order[held + stop :]):
-        free = [keys[k] for k in chosen if not taken & set(keys[k])]
-        taken |= {picture for key in free for picture in key}
-        parts.append(np.array([row for key in free for row in groups[key]], dtype=int))
-    return parts[2], parts[1], parts[0]
 
 
 def draw(path, evaluation, kind, margin, target):
@@ -89,18 +70,19 @@ def main():
     source.add_argument("--ratings", default="", help="CSV, JSONL, or AVA's text file")
     parser.add_argument("--images", default="", help="folder of the rated pictures; default: that of --ratings")
     parser.add_argument("--output", required=True, help="the reward model's folder")
+    parser.add_argument("--features", nargs="+", default=[], choices=FEATURES, metavar="NAME",
+                        help=f"{', '.join(FEATURES)}: the best of those named; default: of all")  # fmt: skip
     parser.add_argument("--encoder", default="openai/clip-vit-large-patch14", help="CLIP: hub name or folder")
-    parser.add_argument("--hidden", type=at_least(0), default=0, help="width of a hidden layer; 0: a linear head")
-    parser.add_argument("--epochs", type=at_least(1), default=300, help="at most")
-    parser.add_argument("--patience", type=at_least(1), default=20, help="epochs without a better validation loss")
-    parser.add_argument("--learning_rate", type=at_least(0, float), default=1e-2)
-    parser.add_argument("--weight_decay", type=at_least(0, float), default=10.0)
-    parser.add_argument("--seed", type=seed, default=0, help="of the split, the head and the order")
-    parser.add_argument("--no_refit", action="store_true", help="save the head that was measured")
-    parser.add_argument("--cache", default="runs/embeddings", help="folder of the embeddings known already")
+    parser.add_argument("--model", default="", help="for unet, a Stable Diffusion: hub name or folder")
+    parser.add_argument("--seed", type=seed, default=0, help="of which votes are held out together")
+    parser.add_argument("--cache", default="runs/embeddings", help="folder of the features known already")
     args = parser.parse_args()
     for folder in (args.output, args.cache):
         check_folder(folder)
+    networks = {"embedding": args.encoder, "layers": args.encoder, "unet": args.model}
+    kinds = args.features or [kind for kind, network in networks.items() if network]
+    if "unet" in kinds and not args.model:
+        raise InputError("--features unet needs --model, the diffusion model whose UNet it is")
 
     kind = "choices" if args.choices else "ratings"
     if args.choices:
@@ -136,64 +118,43 @@ def main():
         pairs = index.tolist()
         votes = [vote if pair == sorted(pair) else 1 - vote for pair, vote in zip(pairs, target.tolist())]
         agreed = agreement([tuple(sorted(pair)) for pair in pairs], votes)
-    target = torch.from_numpy(target)
     print(f"{len(target)} votes by {len(set(raters))} rater(s) on {len(names)} pictures"
           + (f", {int((target == 0.5).sum())} ties" if kind == "choices" else "")
           + (f"; where two voted on the same pair, {agreed:.1%} agree" if agreed is not None else ""))  # fmt: skip
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    embeddings = cached_embeddings(args.encoder, names, args.cache, device)
-    train, validation, held_out = split(index.numpy(), args.seed)
-    dropped = len(target) - len(train) - len(validation) - len(held_out)
-    if min(len(train), len(validation), len(held_out)) < 2:
-        raise InputError("the votes share so many pictures that none can be held out: rate more different ones")
-    options = dict(hidden=args.hidden, seed=args.seed, learning_rate=args.learning_rate, weight_decay=args.weight_decay)
-    scale = (0.0, 1.0) if kind == "choices" else (target[train].mean().item(), target[train].std().item())
-    scaled = (target - scale[0]) / scale[1]
-    stopping = (index[validation], scaled[validation])
-    head, epochs = train_head(
-        embeddings, index[train], scaled[train], stopping, args.epochs, args.patience, **options, progress="training"
-    )
-    values = head(embeddings[index[held_out]]).squeeze(-1)
-    if not values.isfinite().all():
-        raise InputError("the training diverged: a lower --learning_rate or --weight_decay may help")
-    given = target[held_out].numpy()
-    if kind == "choices":
-        margin = (values[:, 0] - values[:, 1]).numpy()
-        evaluation = evaluate_choices(margin, given, index[held_out].numpy())
-    else:
-        margin = (values * scale[1] + scale[0]).numpy()
-        evaluation = evaluate_ratings(margin, given, index[held_out].numpy())
-    if not args.no_refit:
-        head, _ = train_head(embeddings, index, scaled, epochs=epochs, **options, progress="training on all")
-    last = head if not args.hidden else head[-1]
-    with torch.no_grad():
-        if kind == "ratings":  # back to the unit of the ratings
-            last.weight *= scale[1]
-            last.bias *= scale[1]
-            last.bias += scale[0]
-        else:  # only differences matter: zero is the mean of these pictures
-            last.bias -= head(embeddings).mean()
+    for name in kinds:  # what cannot be loaded is known before the work
+        load_features(name, networks[name], device)
+    learned, losses = {}, {}
+    for name in kinds:
+        features = cached_features(name, networks[name], names, args.cache, device)
+        head, predicted, ridge = learn(features, index, target, args.seed)
+        if kind == "choices":  # only differences matter: zero is the mean of these pictures
+            head.bias -= head(features).mean()
+        learned[name] = head, predicted, ridge
+        losses[name] = float(vote_losses(predicted, target, kind == "choices").mean())
+        print(f"{name}: held-out loss {losses[name]:.4f}, with a ridge of {ridge:.2g}")
+    best = min(losses, key=losses.get)
+    head, predicted, ridge = learned[best]
+    evaluate = evaluate_choices if kind == "choices" else evaluate_ratings
+    evaluation = evaluate(predicted, target, index.numpy())
     details = {
-        "kind": kind, "votes": len(target), "raters": len(set(raters)), "pictures": len(names), "epochs": epochs,
-        "trained_on": len(train) if args.no_refit else len(target), "rater_agreement": agreed, "seed": args.seed,
+        "kind": kind, "votes": len(target), "raters": len(set(raters)), "pictures": len(names), "ridge": ridge,
+        "held_out_loss": losses, "rater_agreement": agreed, "seed": args.seed,
     }  # fmt: skip
-    save_reward_model(args.output, head, args.encoder, args.hidden, details)
+    save_reward_model(args.output, head, best, networks[best], details)
     with open(os.path.join(args.output, "evaluation.json"), "w") as f:
         json.dump(evaluation, f, indent=1)
-    draw(os.path.join(args.output, "evaluation.png"), evaluation, kind, margin, given)
+    draw(os.path.join(args.output, "evaluation.png"), evaluation, kind, predicted, target)
     verdict = f"use it: accelerate launch train.py --config.reward=learned:{args.output}"
     if evaluation["accuracy"] is None or not evaluation["accuracy_interval"][0] > 0.5:
         low, high = evaluation["accuracy_interval"] or (0, 1)
         verdict = f"not better than chance: the 95% interval of its held-out accuracy is {low:.1%} to {high:.1%}. "
-        verdict += "More votes, on other pictures, or another --encoder may help"
+        verdict += "More votes, on other pictures, or other --features may help"
     print(
-        f"trained on {len(train)} votes for {epochs} epochs, stopped by {len(validation)}"
-        + (f"; {dropped} left out because they share pictures with those held out" if dropped else "")
-        + f"\nheld-out ({len(held_out)} votes): "
-        + "  ".join(f"{k} {v:.3f}" for k, v in evaluation.items() if isinstance(v, float))
+        f"{best}, held out: " + "  ".join(f"{k} {v:.3f}" for k, v in evaluation.items() if isinstance(v, float))
         + f"\n{verdict}"
-    )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -295,11 +295,15 @@ def test_ctrl_c_leaves_no_traceback(tmp_path, moment):
             ("scripts.sample", "--run", "x", "--seed", str(2**64)),
             "must be below 4294967296",
         ),
-        (("scripts.train_reward", "--learning_rate", "inf"), "argument --learning_rate: inf must be finite"),
+        (("scripts.sample", "--run", "x", "--guidance_scale", "inf"), "argument --guidance_scale: inf must be finite"),
         (("scripts.sample", "--run", "x", "--count", "0"), "argument --count: 0 must be at least 1"),
         (("scripts.sample", "--run", "x", "--eta", "nan"), "argument --eta: nan must be at least -1"),
         (("scripts.sweep", "fig4", "--jobs", "0"), "argument --jobs: 0 must be at least 1"),
-        (("scripts.train_reward", "--epochs", "many"), "argument --epochs: invalid int value: 'many'"),
+        (("scripts.train_reward", "--seed", "many"), "argument --seed: invalid int value: 'many'"),
+        (
+            ("scripts.train_reward", "--features", "unets"),
+            "argument --features: invalid choice: 'unets' (choose from embedding, layers, unet)",
+        ),
     ],
 )
 def test_numbers_that_scripts_cannot_take(arguments, message, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from PIL import Image
 from ddpo import reward_model as rm
 from ddpo import rewards
 from ddpo.errors import InputError
-from scripts.train_reward import split
+from ddpo.features import FEATURES, load_features
 
 CLIP = str(ROOT / "models/emoji/clip")
 
@@ -30,42 +30,60 @@ def bradley_terry(n, rng, dimension=8):
 
 
 def test_bradley_terry_recovers_the_taste():
-    """With many votes the maximum-likelihood head is the law's own weights, in its own units."""
+    """With many votes the head is the law's own weights, in its own units, and predicts votes that it has not seen as
+    well as the law does."""
     embeddings, index, votes, taste = bradley_terry(3000, np.random.default_rng(0))
-    head, _ = rm.train_head(embeddings, index, votes, epochs=15, weight_decay=0.0, progress=None)
+    head, held_out, _ = rm.learn(embeddings, index, votes)
     std = embeddings.std(0)
     learned = (head.weight[0] * std).numpy()  # a weight matters by what its input varies
     np.testing.assert_allclose(learned, taste * std.numpy(), atol=0.2)
-    margin = (embeddings[index[:, 0]] - embeddings[index[:, 1]]) @ torch.tensor(taste, dtype=torch.float32)
-    truth = torch.nn.functional.binary_cross_entropy_with_logits(margin, votes)
-    assert rm.head_loss(head, embeddings, index, votes).mean() <= truth + 1e-3  # no worse on its data than the truth
+    margin = ((embeddings[index[:, 0]] - embeddings[index[:, 1]]).double() @ torch.tensor(taste)).numpy()
+    truth = rm.vote_losses(margin, votes.numpy(), True).mean()
+    assert truth - 0.005 < rm.vote_losses(held_out, votes.numpy(), True).mean() < truth + 0.005
 
 
-def test_losses_are_their_formulas():
-    head = torch.nn.Linear(3, 1)
-    x = torch.randn(4, 3)
-    f = head(x).squeeze(1)
-    index, target = torch.tensor([[0, 1], [2, 3]]), torch.tensor([1.0, 0.5])
-    p = torch.sigmoid(f[[0, 2]] - f[[1, 3]])
-    expected = -(target * p.log() + (1 - target) * (1 - p).log())  # a tie is half a vote for each
-    torch.testing.assert_close(rm.head_loss(head, x, index, target), expected)
-    torch.testing.assert_close(rm.head_loss(head, x, index[:, 0], target), (f[[0, 2]] - target) ** 2)
+def test_ratings_recover_an_affine_law_and_a_ridge_is_chosen_by_what_is_held_out():
+    rng = np.random.default_rng(0)
+    features = torch.tensor(rng.normal(size=(60, 48)) + 5)
+    features[:, 0] *= 30
+    scores = 7 + 0.1 * (features[:, 0].numpy() - 150)
+    head, held_out, _ = rm.learn(features, torch.arange(60), scores)
+    np.testing.assert_allclose(head(features.float()).squeeze(1), scores, atol=0.1)
+    assert np.corrcoef(held_out, scores)[0, 1] > 0.99
+    noise = rng.normal(size=60)  # with as many dimensions as ratings to learn from, a soft ridge would fit it
+    _, held_out, ridge = rm.learn(features, torch.arange(60), noise)
+    assert ((held_out - noise) ** 2).mean() < 1.5 * noise.var() and ridge > 1e-2
 
 
-@pytest.mark.parametrize("hidden", [0, 16])
-def test_early_stopping_keeps_the_best_epoch(hidden):
-    embeddings, index, votes, _ = bradley_terry(60, np.random.default_rng(1), dimension=40)
-    train, validation = (index[:40], votes[:40]), (index[40:], votes[40:])
-    options = {"hidden": hidden, "weight_decay": 0.0, "progress": None}
-    head, epochs = rm.train_head(embeddings, *train, validation, epochs=200, patience=5, **options)
-    assert epochs < 200  # 40 dimensions and 40 votes: it overfits
-    again, _ = rm.train_head(embeddings, *train, epochs=epochs, **options)  # the same seed, without looking
-    other, _ = rm.train_head(embeddings, *train, epochs=epochs, seed=1, **options)
-    torch.testing.assert_close(head(embeddings), again(embeddings))
-    assert not torch.allclose(head(embeddings), other(embeddings))
-    later, _ = rm.train_head(embeddings, *train, epochs=epochs + 5, **options)
-    best, worse = (rm.head_loss(h, embeddings, *validation).mean() for h in (head, later))
-    assert best < worse
+@pytest.mark.parametrize("choices", [True, False])
+def test_the_fit_is_the_minimum_also_in_fewer_dimensions(choices):
+    """The gradient vanishes, by finite differences of the formula, and the span of the rows loses nothing."""
+    rng = np.random.default_rng(0)
+    rows, target, ridge = rng.normal(size=(12, 30)), rng.integers(0, 3, 12) / 2, 0.03
+
+    def objective(w, bias):
+        p = 1 / (1 + np.exp(-rows @ w))
+        losses = -target * np.log(p) - (1 - target) * np.log(1 - p) if choices else (rows @ w + bias - target) ** 2 / 2
+        return losses.mean() + ridge / 2 * (w**2).sum()
+
+    short, span = rm.in_span(rows)
+    assert short.shape == (12, 12)
+    np.testing.assert_allclose(short @ span.T, rows, atol=1e-10)
+    w, bias = rm.fit_ridge(short, target, ridge, choices)
+    w, least = span @ w, objective(span @ w, bias)
+    for step in rng.normal(size=(20, 30)) * 1e-3:
+        assert objective(w + step, bias) > least and objective(w - step, bias) > least
+        slope = (objective(w + step, bias) - objective(w - step, bias)) / 2
+        assert abs(slope) < 1e-6 * np.linalg.norm(step) / 1e-3
+    assert bias == 0 if choices else objective(w, bias + 1e-3) > least < objective(w, bias - 1e-3)
+
+
+def test_features_that_never_change_say_nothing():
+    embeddings, index, votes, _ = bradley_terry(50, np.random.default_rng(0))
+    constant = torch.full((len(embeddings), 3), 1000.0)
+    constant[:, 1] += torch.rand(len(embeddings)) * 1e-4  # a float32's rounding
+    head, held_out, _ = rm.learn(torch.cat([embeddings, constant], 1), index, votes)
+    assert (head.weight[0, -3:] == 0).all() and np.isfinite(held_out).all()
 
 
 def test_evaluation_of_calibrated_predictions():
@@ -108,13 +126,14 @@ def test_agreement_counts_pairs_of_raters():
 
 def test_held_out_pictures_are_never_trained_on():
     rng = np.random.default_rng(0)
-    for index in (rng.integers(0, 150, (200, 2)), np.repeat(np.arange(60), 3)):  # shared pictures; several raters
-        parts = split(index, seed=0)
-        seen = [set(index[rows].ravel().tolist()) for rows in parts]
-        assert all(len(rows) for rows in parts)
-        assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
-    train, validation, held_out = split(np.arange(200).reshape(100, 2), seed=0)
-    assert (len(train), len(validation), len(held_out)) == (64, 16, 20)
+    for index in (rng.integers(0, 1500, (200, 2)), np.repeat(np.arange(60), 3)):  # shared pictures; several raters
+        parts = list(rm.folds(index, 5, seed=0))
+        assert sorted(np.concatenate([held for _, held in parts])) == list(range(len(index)))
+        for train, held in parts:
+            assert len(train) and not set(index[train].ravel().tolist()) & set(index[held].ravel().tolist())
+    assert [(len(a), len(b)) for a, b in rm.folds(np.arange(200).reshape(100, 2), 5, seed=0)] == [(80, 20)] * 5
+    with pytest.raises(InputError, match="share so many pictures"):
+        rm.learn(torch.rand(4, 3), torch.tensor([[0, 1], [0, 2], [0, 3]] * 10), torch.tensor([1.0, 0.0, 1.0] * 10))
 
 
 def test_undo_skip_and_cut_lines(tmp_path):
@@ -201,15 +220,16 @@ def test_a_damaged_picture_is_named_and_the_others_embeddings_kept(tmp_path, mon
         Image.new("RGB", (64, 64), colour).save(path)
     Path(paths[1]).write_bytes(Path(paths[1]).read_bytes()[:60])
     with pytest.raises(InputError, match="cannot read the picture .*b.png"):
-        rm.cached_embeddings(CLIP, paths, tmp_path / "cache", batch_size=1)
-    monkeypatch.setattr(rm, "embed_images", None)
-    assert rm.cached_embeddings(CLIP, paths[:1], tmp_path / "cache").shape[0] == 1
+        rm.cached_features("embedding", CLIP, paths, tmp_path / "cache", batch_size=1)
+    _, tensors = load_features("embedding", CLIP)
+    monkeypatch.setattr(rm, "load_features", lambda *arguments: (None, tensors))
+    assert rm.cached_features("embedding", CLIP, paths[:1], tmp_path / "cache").shape[0] == 1
 
 
 def test_a_reward_model_works_from_any_directory(tmp_path, monkeypatch):
     """Its encoder was named from another one."""
     monkeypatch.chdir(ROOT)
-    rm.save_reward_model(str(tmp_path / "model"), rm.make_head(64), "models/emoji/clip", 0, {})
+    rm.save_reward_model(str(tmp_path / "model"), rm.make_head(64), "embedding", "models/emoji/clip", {})
     monkeypatch.chdir(tmp_path)
     for model in ("model", ROOT / "models/emoji-taste"):
         values, _ = rewards.get_reward(f"learned:{model}")([Image.new("RGB", (64, 64))], [""], [{}])
@@ -245,15 +265,17 @@ def test_the_cache_knows_pictures_by_their_content(tmp_path, monkeypatch):
     paths = [str(tmp_path / name) for name in ("a.png", "b.png")]
     for path, colour in zip(paths, ("red", "blue")):
         Image.new("RGB", (64, 64), colour).save(path)
-    first = rm.cached_embeddings(CLIP, paths, tmp_path / "cache")
-    embed, calls = rm.embed_images, []
-    monkeypatch.setattr(rm, "embed_images", lambda clip, images, n: calls.append(len(images)) or embed(clip, images, n))
-    assert torch.equal(rm.cached_embeddings(CLIP, paths, tmp_path / "cache"), first) and not calls
+    first = rm.cached_features("embedding", CLIP, paths, tmp_path / "cache")
+    calls, (embed, tensors) = [], load_features("embedding", CLIP)
+    counted = (lambda images, n: calls.append(len(images)) or embed(images, n)), tensors
+    monkeypatch.setattr(rm, "load_features", lambda *arguments: counted)
+    assert torch.equal(rm.cached_features("embedding", CLIP, paths, tmp_path / "cache"), first) and not calls
     Image.new("RGB", (64, 64), "red").save(paths[1])  # another picture of the same name
-    changed = rm.cached_embeddings(CLIP, paths, tmp_path / "cache")
+    changed = rm.cached_features("embedding", CLIP, paths, tmp_path / "cache")
     assert not calls and torch.equal(changed[1], first[0])  # known already, as a.png
     Image.new("RGB", (64, 64), "green").save(paths[1])
-    assert not torch.equal(rm.cached_embeddings(CLIP, paths, tmp_path / "cache")[1], first[1]) and calls == [1]
+    assert not torch.equal(rm.cached_features("embedding", CLIP, paths, tmp_path / "cache")[1], first[1])
+    assert calls == [1]
 
 
 @pytest.fixture(scope="module")
@@ -282,14 +304,19 @@ def test_the_command_line(judged, tmp_path, kind):
     folder, names, redness = judged
     source = ["--ratings", folder / "ratings.csv"] if kind == "ratings" else ["--choices", folder / "choices.jsonl"]
     command = [sys.executable, "scripts/train_reward.py", *source, "--encoder", CLIP]
+    command += ["--model", "models/emoji"] if kind == "choices" else ["--features", "embedding"]
     result = run([*command, "--output", tmp_path / "model", "--cache", tmp_path / "cache"])
     assert result.returncode == 0, result.stderr
     evaluation = json.loads((tmp_path / "model/evaluation.json").read_text())
     assert evaluation["accuracy"] > 0.75 and evaluation["rank_correlation"] > 0.6
     assert f"accuracy {evaluation['accuracy']:.3f}" in result.stdout and "use it: " in result.stdout
+    assert evaluation["votes"] == 160  # each is held out once
     assert Image.open(tmp_path / "model/evaluation.png").size[0] > 300
+    described = json.loads((tmp_path / "model/reward.json").read_text())
     if kind == "choices":
         assert "2 rater(s)" in result.stdout and "% agree" in result.stdout
+        losses = described["held_out_loss"]
+        assert losses.keys() == FEATURES.keys() and described["features"] == min(losses, key=losses.get)
     reward = rewards.get_reward(f"learned:{tmp_path / 'model'}")
     values, _ = rewards.compute_rewards(reward, [Image.open(n) for n in names], [""] * 160, [{}] * 160)
     assert np.corrcoef(values, redness)[0, 1] > 0.9
@@ -311,7 +338,7 @@ def test_copies_of_pictures_are_not_held_out_and_coins_teach_nothing(tmp_path):
         (tmp_path / f"a/{i}.png").write_bytes(b"damaged")
     (tmp_path / "r.csv").write_text("\n".join(lines))
     command = [sys.executable, "scripts/train_reward.py", "--ratings", tmp_path / "r.csv", "--encoder", CLIP]
-    result = run([*command, "--output", tmp_path / "model", "--cache", tmp_path / "cache", "--hidden", "64"])
+    result = run([*command, "--output", tmp_path / "model", "--cache", tmp_path / "cache"])
     assert result.returncode == 0, result.stderr
     assert (
         f"2 votes left out, on 2 pictures that cannot be read: {tmp_path}/a/3.png, {tmp_path}/a/7.png" in result.stdout

@@ -1,0 +1,108 @@
+"""What a learned reward sees of a picture: features (B, D) of a frozen network.
+
+    embedding   a CLIP's unit embedding
+    layers      mean and standard deviation over the patches, at four depths of a CLIP's vision model
+    unet        mean and standard deviation over the pixels, after every block of a diffusion model's UNet
+
+An embedding says what a picture shows, and little of how it looks. The layers below it, and the UNet, know textures,
+too. The UNet sees the picture's latent under a little noise, always the same, with the empty prompt. Baranchuk et al.
+(arXiv 2112.03126) found that such features of a diffusion model tell the parts of a picture apart with few labels.
+"""
+
+import functools
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from ddpo.clip import DTYPES, embed_images, image_pixels, load_clip
+from ddpo.errors import InputError, choose
+from ddpo.models import Conditions, load_model
+from ddpo.seeds import torch_generator
+
+DEPTHS = 4  # of a CLIP's layers
+NOISE = 0.05  # the UNet's timestep, as a share of all
+
+
+def load_features(kind, network, device="cpu", precision="fp32"):
+    """The function (PIL images, batch_size) -> (B, D) float32 on the device, and the tensors that it depends on.
+
+    Args:
+        kind: a key of FEATURES.
+        network: hub name or folder: of a CLIP or, for `unet`, of a Stable Diffusion.
+    Raises:
+        InputError if `kind` is unknown, or `network` is none that has such features.
+    """
+    return choose("features", kind, FEATURES)(str(network), str(device), precision)
+
+
+def in_batches(embed, images, batch_size=32):
+    """embed(images) (B, D), of `batch_size` pictures at a time."""
+    return torch.cat([embed(images[i : i + batch_size]) for i in range(0, len(images), batch_size)])
+
+
+def mean_std(x, dim):
+    return torch.cat([x.mean(dim), x.std(dim, correction=0)], 1)
+
+
+def clip_tensors(clip):
+    """What CLIP's features depend on. The preprocessing is text, here as bytes."""
+    text = repr(clip[1].image_processor.to_dict()).encode()
+    return [torch.tensor(list(text)), *clip[0].vision_model.parameters(), clip[0].visual_projection.weight]
+
+
+def load_embedding(network, device, precision):
+    clip = load_clip(network, device, precision)
+    return functools.partial(embed_images, clip), clip_tensors(clip)
+
+
+def load_layers(network, device, precision):
+    clip = load_clip(network, device, precision)
+    last = clip[0].config.vision_config.num_hidden_layers  # 0 is what enters the first of them
+    depths = sorted({round(i * last / (DEPTHS - 1)) for i in range(DEPTHS)})
+
+    @torch.no_grad()
+    def embed(images):
+        states = clip[0].vision_model(pixel_values=image_pixels(clip, images), output_hidden_states=True).hidden_states
+        return torch.cat([mean_std(states[i][:, 1:].float(), 1) for i in depths], 1)  # the first token is no patch
+
+    return functools.partial(in_batches, embed), clip_tensors(clip)
+
+
+@functools.lru_cache(maxsize=1)
+def load_unet(name, device, precision):
+    dtype = choose("reward_options.precision", precision, DTYPES)
+    pipe, family = load_model(name, device)
+    if family.denoiser != "unet":
+        raise InputError(f"model {name!r} is a {type(pipe).__name__}, which has no UNet: use other features")
+    with torch.no_grad():
+        empty = Conditions({name: value.float().to(device) for name, value in family.encode("", "cpu").items()})
+    pipe.text_encoder = pipe.text_encoder_2 = None  # which are large, and done
+    # The VAE overflows in half precision, see ddpo/policy.py. The plain `to`: diffusers' warns of half precision.
+    for network, precise in ((pipe.unet, dtype), (pipe.vae, torch.float32)):
+        torch.nn.Module.to(network, device, precise, memory_format=torch.channels_last)
+    unet, vae = (network.eval().requires_grad_(False) for network in (pipe.unet, pipe.vae))
+    height, width = (side * pipe.vae_scale_factor for side in family.own_size)
+    t = round(NOISE * pipe.scheduler.config.num_train_timesteps)
+    signal, noise_scale = pipe.scheduler.alphas_cumprod[t].sqrt(), (1 - pipe.scheduler.alphas_cumprod[t]).sqrt()
+    shape = (1, vae.config.latent_channels, *family.own_size)
+    noise = noise_scale * torch.randn(shape, generator=torch_generator("features", 0)).to(device)
+    outputs = []
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        block.register_forward_hook(lambda block, given, out: outputs.append(out[0] if isinstance(out, tuple) else out))
+
+    @torch.no_grad()
+    def embed(images):
+        size = (width, height)
+        images = [ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS) for image in images]
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).to(device).permute(0, 3, 1, 2)
+        latents = vae.encode(pixels / 127.5 - 1).latent_dist.mode() * vae.config.scaling_factor
+        x_t = (signal * latents + noise).to(dtype)
+        outputs.clear()
+        family.call(unet, x_t, torch.full((len(x_t),), t, device=device), empty.expand(len(x_t)).to(dtype), 1.0)
+        return torch.cat([mean_std(output.float().flatten(2), 2) for output in outputs], 1)
+
+    return functools.partial(in_batches, embed), [*unet.parameters(), *vae.parameters(), *empty.tensors.values(), noise]
+
+
+FEATURES = {"embedding": load_embedding, "layers": load_layers, "unet": load_unet}

@@ -66,8 +66,8 @@ def plan(args):
             case, votes = f"{count}-rater{rater}", f"{pairs}/choices-{count}-rater{rater}.jsonl"
             choose = ["choose", "--pairs", pairs, "--count", count, "--seed", rater, "--output", votes]
             steps.append(Step(f"votes-{case}", (f"pairs-{most}",), [(vote, votes, choose)]))
-            learn = ["--choices", votes, "--encoder", "models/emoji/clip", "--seed", rater]
-            learn += ["--output", f"{folder}/reward-{case}", "--cache", f"{folder}/embeddings-{case}"]
+            learn = ["--choices", votes, "--encoder", "models/emoji/clip", "--model", "models/emoji", "--seed", rater]
+            learn += ["--output", f"{folder}/reward-{case}", "--cache", f"{folder}/features-{case}"]
             steps.append(Step(f"reward-{case}", (f"votes-{case}",), [(module, "scripts.train_reward", learn)]))
     steps += [run_step(method, n, rater, args) for n in args.choices for method in LABELS for rater in args.raters]
     return {step.name: step for step in steps}
@@ -98,6 +98,8 @@ def run_step(method, count, rater, args):
         name = f"epoch_{epoch:04d}"
         look = ["measure", "--run", run, "--checkpoint", name, "--count", args.pictures]
         look += ["--output", f"{run}/{name}.json"]
+        if method != "dpo_ddpo":  # which has a base model of its own
+            look += ["--base", f"{folder}/base-{args.pictures}.json"]
         commands.append((module, "scripts.simulate_rater", look))
     return Step(f"{method}-{case}", tuple(needs), commands, run)
 

@@ -88,6 +88,7 @@ def main():
     parser.add_argument("--output", default="", help="default: PAIRS/choices.jsonl, PAIRS/ratings.csv, RUN/taste.json")
     parser.add_argument("--run", default="", help="measure: a run's folder")
     parser.add_argument("--results", default="", help="plot: what to draw; measure: a file to add the run to as well")
+    parser.add_argument("--base", default="", help="measure: a file that keeps what the base model's pictures measure")
     parser.add_argument("--checkpoint", default="", help="measure: a name in RUN/checkpoints; default: the newest")
     args = parser.parse_args()
     if args.what in ("measure", "plot"):
@@ -141,16 +142,19 @@ def main():
 @torch.no_grad()
 def measure(args):
     """The true taste, its parts, the tiny CLIP's alignment and the classifier's verdict on the same prompts and noise
-    before and after a run. Writes RUN/taste.json, and RUN/images/taste.png with the first noise of some animals."""
+    before and after a run. Writes RUN/taste.json, and RUN/images/taste.png with the first noise of some animals.
+    The base model's pictures, the same for all runs, are only drawn if the file --base is not there yet."""
     config, policy, folder = open_run(args.run, args.checkpoint)
     output, pictures_at = args.output or f"{args.run}/taste.json", f"{args.run}/images/taste.png"
-    for path in (output, pictures_at, *filter(None, [args.results])):
+    for path in (output, pictures_at, *filter(None, [args.results, args.base])):
         check_output(path)
     texts = [prompt for prompt, _ in prompts.common_animals()] * args.count
     judges = [config.reward] if config.reward not in ("", "clipscore:models/emoji/clip") else []
     judges = {name: rewards.get_reward(name, policy.device) for name in [*judges, "clipscore:models/emoji/clip"]}
-    result, grids = {"pictures": len(texts)}, []
-    for name, pictures in draw_at_scales(policy, folder, texts, config.sample, 2_000_000 + args.seed * 10**6):
+    result, grids, scales = {"pictures": len(texts)}, [], (0.0, 1.0)
+    if args.base and os.path.exists(args.base):
+        result["base"], scales = json.loads(Path(args.base).read_text()), (1.0,)
+    for name, pictures in draw_at_scales(policy, folder, texts, config.sample, 2_000_000 + args.seed * 10**6, scales):
         tastes = [taste(picture) for picture in pictures]
         named = named_animals(pictures, load_classifier("models/emoji/classifier"))
         result[name] = {
@@ -160,7 +164,9 @@ def measure(args):
             "classifier_accuracy": float(np.mean([a == b.split()[-1] for a, b in zip(named, texts)])),
         }
         grids.append(pictures[:45:3])
-    image_grid(grids[0] + grids[1], [t.split()[-1] for t in texts[:45:3]] * 2, columns=15).save(pictures_at)
+    image_grid(sum(grids, []), [t.split()[-1] for t in texts[:45:3]] * len(grids), columns=15).save(pictures_at)
+    if args.base and not os.path.exists(args.base):
+        Path(args.base).write_text(json.dumps(result["base"]))
     print(json.dumps(result, indent=1))
     if args.results:
         facts = {"taste": [result]}

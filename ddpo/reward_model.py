@@ -240,7 +240,7 @@ def folds(pictures, count, seed):
     Votes on the same pictures are in one part, and training votes that share a picture with the part held out are left
     out: else it would be measured on pictures that were trained on.
     """
-    pictures = pictures.reshape(len(pictures), -1)
+    pictures = pictures if pictures.ndim == 2 else pictures[:, None]
     groups = {}
     for row, names in enumerate(pictures.tolist()):
         groups.setdefault(tuple(sorted(names)), []).append(row)

@@ -66,7 +66,7 @@ def plan(args):
             case, votes = f"{count}-rater{rater}", f"{pairs}/choices-{count}-rater{rater}.jsonl"
             choose = ["choose", "--pairs", pairs, "--count", count, "--seed", rater, "--output", votes]
             steps.append(Step(f"votes-{case}", (f"pairs-{most}",), [(vote, votes, choose)]))
-            learn = ["--choices", votes, "--encoder", "models/emoji/clip", "--model", "models/emoji", "--seed", rater]
+            learn = ["--choices", votes, "--model", "models/emoji", "--seed", rater]
             learn += ["--output", f"{folder}/reward-{case}", "--cache", f"{folder}/features-{case}"]
             steps.append(Step(f"reward-{case}", (f"votes-{case}",), [(module, "scripts.train_reward", learn)]))
     steps += [run_step(method, n, rater, args) for n in args.choices for method in LABELS for rater in args.raters]

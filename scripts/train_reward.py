@@ -8,10 +8,10 @@
 --choices takes files of scripts.annotate, of any number of raters. --ratings takes a CSV or JSONL with the columns
 image, score and, if several people rated, rater; or AVA's list of vote counts.
 
-The reward is a linear function of features of a frozen network (ddpo/features.py): of a CLIP, --encoder, or of a
-diffusion model's UNet, --model, best that of the model whose pictures are judged. Of several features those are taken
-that best predict votes held out: each fifth of the votes is predicted from the rest. The head that is saved has seen
-them all.
+The reward is a linear function of features of a frozen network (ddpo/features.py): of the UNet of a diffusion model,
+--model, best the one whose pictures are judged, or without that of the layers of a CLIP, --encoder. If several
+--features are named, those are taken that best predict votes held out: each fifth of the votes is predicted from the
+rest. The head that is saved has seen them all.
 """
 
 import argparse
@@ -70,8 +70,8 @@ def main():
     source.add_argument("--ratings", default="", help="CSV, JSONL, or AVA's text file")
     parser.add_argument("--images", default="", help="folder of the rated pictures; default: that of --ratings")
     parser.add_argument("--output", required=True, help="the reward model's folder")
-    parser.add_argument("--features", nargs="+", default=[], choices=FEATURES, metavar="NAME",
-                        help=f"{', '.join(FEATURES)}: the best of those named; default: of all")  # fmt: skip
+    parser.add_argument("--features", nargs="+", choices=FEATURES, metavar="NAME", help=f"the best of those named: "
+                        f"{', '.join(FEATURES)}; default: unet if there is a --model, else layers")  # fmt: skip
     parser.add_argument("--encoder", default="openai/clip-vit-large-patch14", help="CLIP: hub name or folder")
     parser.add_argument("--model", default="", help="for unet, a Stable Diffusion: hub name or folder")
     parser.add_argument("--seed", type=seed, default=0, help="of which votes are held out together")
@@ -80,7 +80,7 @@ def main():
     for folder in (args.output, args.cache):
         check_folder(folder)
     networks = {"embedding": args.encoder, "layers": args.encoder, "unet": args.model}
-    kinds = args.features or [kind for kind, network in networks.items() if network]
+    kinds = args.features or (["unet"] if args.model else ["layers"])
     if "unet" in kinds and not args.model:
         raise InputError("--features unet needs --model, the diffusion model whose UNet it is")
 

@@ -212,21 +212,21 @@ def fit_ridge(rows, target, ridge, choices, start=None):
     from scipy.optimize import minimize  # slow to import, and every start imports this file
     from scipy.special import expit
 
-    centre, level = (0, 0) if choices else (rows.mean(0), target.mean())  # the bias that is best for any weights
-    x, y = rows - centre, target - level
+    if not choices:  # the bias that is best for any weights makes the means equal, and the rest is linear equations
+        centre, level = rows.mean(0), target.mean()
+        x = rows - centre
+        penalty = ridge * np.eye(rows.shape[1])
+        w = np.linalg.solve(x.T @ x / len(x) + penalty, x.T @ (target - level) / len(x))
+        return w, level - centre @ w
 
     def loss(w):
-        margin = x @ w
-        if choices:
-            value, slope = np.logaddexp(0, margin) - y * margin, expit(margin) - y
-        else:
-            value, slope = (margin - y) ** 2 / 2, margin - y
-        return value.mean() + ridge / 2 * w @ w, x.T @ slope / len(y) + ridge * w
+        margin = rows @ w
+        value = (np.logaddexp(0, margin) - target * margin).mean() + ridge / 2 * w @ w
+        return value, rows.T @ (expit(margin) - target) / len(rows) + ridge * w
 
     start = np.zeros(rows.shape[1]) if start is None else start
     options = {"maxiter": 2000, "maxfun": 4000, "gtol": 1e-7, "ftol": 1e-12}
-    w = minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
-    return w, level - np.sum(centre * w)
+    return minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x, 0.0
 
 
 def vote_losses(predicted, target, choices):

@@ -280,6 +280,8 @@ def draw(lines, path):
     counts = sorted({line["choices"] for line in lines})
     for i, (method, label) in enumerate(LABELS.items()):
         own = [line for line in lines if line["method"] == method]
+        if not own:
+            continue
         for axis, value in zip(axes, (0, 1)):
             points = {}
             for line in sorted(own, key=lambda line: line["choices"]):
@@ -289,8 +291,7 @@ def draw(lines, path):
             axis.plot([n for n, v in points.items() for _ in v], [x for v in points.values() for x in v], "o",
                       color=f"C{i}", ms=3, alpha=0.5)  # fmt: skip
         both = [pair for line in own for pair in gains(line).values()]
-        if both:
-            axes[2].plot(*zip(*both), "o", color=f"C{i}", ms=3, alpha=0.6)
+        axes[2].plot(*zip(*both), "o", color=f"C{i}", ms=3, alpha=0.6)
     base = lines[0]["base"]["classifier_accuracy"]
     axes[1].axhline(base, color="gray", ls=":")
     axes[2].plot(0, base, "k+", ms=9)

@@ -22,7 +22,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from ddpo.errors import InputError, check_folder, run_script, seed
+from ddpo.errors import InputError, check_folder, choose, run_script, seed
 from ddpo.features import FEATURES, load_features
 from ddpo.reward_model import (
     VOTES,
@@ -70,7 +70,7 @@ def main():
     source.add_argument("--ratings", default="", help="CSV, JSONL, or AVA's text file")
     parser.add_argument("--images", default="", help="folder of the rated pictures; default: that of --ratings")
     parser.add_argument("--output", required=True, help="the reward model's folder")
-    parser.add_argument("--features", nargs="+", choices=FEATURES, metavar="NAME", help=f"the best of those named: "
+    parser.add_argument("--features", nargs="+", metavar="NAME", help=f"the best of those named: "
                         f"{', '.join(FEATURES)}; default: unet if there is a --model, else layers")  # fmt: skip
     parser.add_argument("--encoder", default="openai/clip-vit-large-patch14", help="CLIP: hub name or folder")
     parser.add_argument("--model", default="", help="for unet, a Stable Diffusion: hub name or folder")
@@ -81,6 +81,8 @@ def main():
         check_folder(folder)
     networks = {"embedding": args.encoder, "layers": args.encoder, "unet": args.model}
     kinds = args.features or (["unet"] if args.model else ["layers"])
+    for name in kinds:
+        choose("features", name, FEATURES)
     if "unet" in kinds and not args.model:
         raise InputError("--features unet needs --model, the diffusion model whose UNet it is")
 

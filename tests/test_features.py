@@ -102,11 +102,14 @@ def test_reward_models_that_cannot_work(tmp_path, features, encoder, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_unet_needs_to_be_named(tmp_path):
-    result = run(
-        [sys.executable, "scripts/train_reward.py", "--choices", "x", "--features", "unet", "--output", tmp_path]
-    )
-    assert result.stderr.splitlines()[-1].startswith("error: --features unet needs --model")
+@pytest.mark.parametrize(
+    "features, message",
+    [("unet", "--features unet needs --model"), ("unets", "unknown features 'unets'. Did you mean unet? There is: ")],
+)
+def test_mistakes_end_with_one_line(tmp_path, features, message):
+    options = ["--choices", "x", "--features", "layers", features, "--output", tmp_path]
+    result = run([sys.executable, "scripts/train_reward.py", *options])
+    assert result.stderr.splitlines()[-1].startswith(f"error: {message}"), result.stderr
 
 
 def test_older_reward_models_load(tmp_path):

@@ -300,10 +300,6 @@ def test_ctrl_c_leaves_no_traceback(tmp_path, moment):
         (("scripts.sample", "--run", "x", "--eta", "nan"), "argument --eta: nan must be at least -1"),
         (("scripts.sweep", "fig4", "--jobs", "0"), "argument --jobs: 0 must be at least 1"),
         (("scripts.train_reward", "--seed", "many"), "argument --seed: invalid int value: 'many'"),
-        (
-            ("scripts.train_reward", "--features", "unets"),
-            "argument --features: invalid choice: 'unets' (choose from embedding, layers, unet)",
-        ),
     ],
 )
 def test_numbers_that_scripts_cannot_take(arguments, message, monkeypatch, capsys):

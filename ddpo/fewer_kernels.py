@@ -8,6 +8,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from peft.tuners.lora.layer import Conv2d as LoraConv2d
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
 
@@ -23,7 +24,7 @@ def use_fewer_kernels(unet):
             module.forward = MethodType(geglu, module)
         elif isinstance(module, torch.nn.GroupNorm):
             module.forward = MethodType(norm_alone, module)
-        elif isinstance(module, Transformer2DModel) and module.is_input_continuous:
+        elif isinstance(module, Transformer2DModel) and _is_plain_transformer(module):
             module._operate_on_continuous_inputs = MethodType(to_tokens, module)
             module._get_output_for_continuous_inputs = MethodType(from_tokens, module)
         elif isinstance(module, LoraLinear):
@@ -36,6 +37,11 @@ def _is_plain_resnet(block):
     resampled = block.upsample is not None or block.downsample is not None
     timed = block.time_emb_proj is not None and block.time_embedding_norm == "default" and not block.skip_time_act
     return timed and not resampled and block.output_scale_factor == 1 and isinstance(block.nonlinearity, torch.nn.SiLU)
+
+
+def _is_plain_transformer(block):
+    """Without a LoRA on its convolutions of single pixels, which takes pictures and not tokens."""
+    return block.is_input_continuous and not any(isinstance(p, LoraConv2d) for p in (block.proj_in, block.proj_out))
 
 
 def _is_plain_attention(attn):

@@ -145,7 +145,8 @@ def train(stage, modules, loss_fn, args, learning_rate, weight_decay=0.0, ema_de
     def done():
         return (time.time() - start) / (60 * minutes) if minutes else step / steps
 
-    while (now := done()) < 1:
+    now = done()
+    while now < 1:
         warmup = min(1.0, (step + 1) / 200)
         optimizer.param_groups[0]["lr"] = learning_rate * warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * now)))
         generator = torch.Generator(args.device).manual_seed(args.seed * 10**7 + step)
@@ -160,7 +161,8 @@ def train(stage, modules, loss_fn, args, learning_rate, weight_decay=0.0, ema_de
         average = loss if average is None else 0.98 * average + 0.02 * loss
         step += 1
         progress.update()
-        if step % args.save_every == 0 or done() >= 1:
+        now = done()  # once, so that the last step is saved whenever it is that the time is up
+        if step % args.save_every == 0 or now >= 1:
             progress.write(f"{stage} step {step}: loss {average.item():.4f}, {time.time() - start:.0f} s")
             state = {
                 "parameters": parameters.state_dict(),

@@ -126,17 +126,18 @@ def draw_fig4(jobs):
     reward queries, all against network passes. Below, what the first seed draws last. A dot per evaluation is hollow
     where less than 95% of the animals are named by a classifier that is no reward. Prints the gain up to there."""
     panels = [label for label in LABELS if any(job.panel == label for job in jobs)] or sorted({j.panel for j in jobs})
-    figure = plt.figure(figsize=(3.3 * max(2, len(panels)), 8.6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[4.2, 1])
-    grid = above.subplots(3, len(panels), squeeze=False, sharey="col")
     curves = list(dict.fromkeys(curve for panel in panels for curve in by_curve(jobs, panel)))
     colours = dict(zip(curves, plt.cm.tab10.colors))
     newer = [curve for curve in curves if curve not in PAPER]
-    rows = (
+    rows = [
         ("reward queries", PAPER, Job.queries_evaluated),
         ("reward queries", ("ddpo_is", *newer), Job.queries_evaluated),
         ("network passes", curves, Job.passes_evaluated),
-    )  # fmt: skip
+    ]
+    rows = rows if newer else rows[::2]
+    figure = plt.figure(figsize=(3.3 * max(2, len(panels)), 2.2 + 2.2 * len(rows)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.3 * len(rows), 1])
+    grid = above.subplots(len(rows), len(panels), squeeze=False, sharey="col")
     for column, panel in zip(grid.T, panels):
         mine = by_curve(jobs, panel)
         for axes, (xlabel, names, x_of) in zip(column, rows):

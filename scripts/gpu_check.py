@@ -141,8 +141,8 @@ class Work:
         return train
 
 
-def set_precision(policy, precision):
-    """Of a policy in float32: fp32 or tf32."""
+def set_precision(precision):
+    """Of networks in float32: fp32 or tf32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
@@ -415,9 +415,9 @@ def cuda_graphs(load, report, sizes, middle):
 def full(load, report, sizes, middle):
     policy, exact = load(0, "fp32"), []
     for precision in ("fp32", "tf32"):
-        set_precision(policy, precision)
+        set_precision(precision)
         report(f"full, {precision}, batch {middle}", cost, policy, middle)
-    set_precision(policy, "fp32")
+    set_precision("fp32")
     work = Work(policy, min(4, middle))
     trajectories = work.sample(STEPS[1])
 
@@ -427,7 +427,7 @@ def full(load, report, sizes, middle):
 
     report("gradient in fp32", in_fp32)
     report("gradient in fp32, again", lambda: angles(gradients(policy, trajectories, work), exact))
-    set_precision(policy, "tf32")
+    set_precision("tf32")
     report("gradient in tf32", lambda: angles(gradients(policy, trajectories, work), exact))
     policy = work.policy = None
     policy = load(0, "bf16")
@@ -443,7 +443,7 @@ def ratio_errors(load, report, sizes, middle):
     for precision in load.precisions:
         policy = load(4, "fp32" if precision == "tf32" else precision)
         if precision == "tf32":
-            set_precision(policy, precision)
+            set_precision(precision)
         report(f"ratio_error, {precision}", exactness, policy, min(2, middle))
         policy = None
 

@@ -36,8 +36,13 @@ def read_results(path):
 def gain_while_named(evaluations, share=0.95, section="seen, stochastic"):
     """The reward that a run gained while its pictures stayed what they are: at the point where the share of animals
     that a classifier names first falls below `share`, by a straight line between evaluations; at the last evaluation
-    if it never does. evaluations: lines of evaluation.jsonl, the base model's first. Returns the gain, in the unit of
-    the reward, and whether the share did fall."""
+    if it never does, as where the base model is below it already.
+
+    Args:
+        evaluations: lines of evaluation.jsonl, the base model's first.
+    Returns:
+        The gain, in the unit of the reward, and whether the share did fall.
+    """
     rewards, named = (
         np.array([line[section][key] for line in evaluations]) for key in ("reward_mean", "classifier_accuracy")
     )

@@ -57,6 +57,7 @@ def get_config(variant="compressibility"):
         config.train.learning_rate = 1e-3
     else:
         config.lora_rank = 0
+        config.train.kl_weight *= 2 if task == "incompressibility" else 1  # it goes further than it should otherwise
         config.train.updates_per_epoch = 1
         config.train.warmup_updates = 2
         config.train.learning_rate = 1e-4

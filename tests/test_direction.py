@@ -114,10 +114,8 @@ def test_the_first_gradient_of_rwr_is_that_of_the_weighted_denoising_loss(tiny, 
 
 
 ONE_UPDATE = {"train.draws": 4, "train.updates_per_epoch": 1, "train.learning_rate": 3e-4}
-CLIMBS = {  # awm, ram and best_of_n have tests/test_forward_losses.py alone, for time
+CLIMBS = {  # for time, the others have only the gradients above or tests/test_forward_losses.py
     "ddpo_is": {},
-    "ddpo_mask": {},
-    "ddpo_smooth": {"train.kl_range": 10.0},
     "ddpo_sf": {"train.updates_per_epoch": 1},
     "rwr": {
         "train.inverse_temperature": 0.5,
@@ -125,12 +123,6 @@ CLIMBS = {  # awm, ram and best_of_n have tests/test_forward_losses.py alone, fo
         "num_epochs": 3,
         "evaluate.every": 3,
         "train.timestep_choice": "random",
-    },
-    "rwr_sparse": {
-        "train.keep_percentile": 75.0,
-        "train.inner_epochs": 8,
-        "train.timestep_choice": "random",
-        "sample.images_per_epoch": 64,
     },
     "nft": ONE_UPDATE,
     "dpo": {"train.draws": 4, "sample.images_per_prompt": 4, "train.updates_per_epoch": 4},
@@ -147,7 +139,7 @@ def gain(folder, monkeypatch, algorithm):
         **SMALL, "model": str(ROOT / "models/emoji"), "run_dir": str(folder), "reward": "redness", "lora_rank": 0,
         "algorithm": algorithm, "num_epochs": 2, "grid_every": 0, "grid_images": 1, "sample.num_steps": 4,
         "sample.images_per_epoch": 32, "sample.batch_size": 8, "sample.guidance_scale": 1.0, "train.batch_size": 8,
-        "train.updates_per_epoch": 4, "train.learning_rate": 1e-4, "train.clip_range": 1e-2, "train.kl_range": 1e-2,
+        "train.updates_per_epoch": 4, "train.learning_rate": 1e-4, "train.clip_range": 1e-2,
         "train.timestep_choice": "first", "train.timestep_fraction": 0.5, "evaluate.every": 2, "evaluate.limit": 24,
         "evaluate.count": 1, **CLIMBS[algorithm],
     })  # fmt: skip

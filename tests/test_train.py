@@ -33,7 +33,6 @@ def weights(run, epoch):
     [
         ("tiny", 4, "fp32"),
         ("tiny", 0, "bf16"),
-        ("tiny_v", 0, "fp32"),
         ("tiny_v", 4, "bf16"),
         ("tiny_xl", 4, "bf16"),
         ("tiny_xl", 0, "fp32"),

@@ -62,7 +62,10 @@ def main():
             axes.plot(queries[length - 1 :], values[length - 1 :], color=color, linewidth=0.8, alpha=0.6)
     axes.set_xlabel(x_key.replace("_", " "))
     axes.set_ylabel({"jpeg_kb": "JPEG size (kB)"}.get(args.key, args.key))
-    axes.legend(frameon=False)
+    if len(axes.lines) > 4:  # they would be written over
+        figure.legend(loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    else:
+        axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(args.output, dpi=150)
     print(args.output)

@@ -5,12 +5,9 @@ JUDGE = {  # of all, whatever they train with
     "grid_every": 0, "grid_images": 1, "save_every": 1, "keep_checkpoints": 1,
     "evaluate.every": 1, "evaluate.limit": 45, "evaluate.count": 2, "evaluate.clip": "",
 }  # fmt: skip
-EIGHT_UPDATES = {
-    "config": "config/emoji.py:compressibility,full", "train.updates_per_epoch": 8, "train.warmup_updates": 16,
-    "train.learning_rate": 1e-4, "train.kl_weight": 0.01,
-}  # fmt: skip
+PRESET = {"config": "config/emoji.py:compressibility,full"}
 ONE_UPDATE = {"train.updates_per_epoch": 1, "train.warmup_updates": 2, "train.learning_rate": 3e-4}
-FORWARD = {**EIGHT_UPDATES, **ONE_UPDATE, "train.kl_weight": 0.0, "train.prompt_dropout": 0.0, "train.draws": 4}
+FORWARD = {**PRESET, **ONE_UPDATE, "train.kl_weight": 0.0, "train.prompt_dropout": 0.0, "train.draws": 4}
 TRL = {  # it samples and trains with guidance, on all steps; it has no KL penalty, no warm-up and no moving average
     "model": "models/emoji", "prompts": "common_animals", "reward": "jpeg_compressibility", "sample.num_steps": 10,
     "sample.guidance_scale": 3.0, "precision": "fp32",
@@ -18,8 +15,8 @@ TRL = {  # it samples and trains with guidance, on all steps; it has no KL penal
 TRL_BATCH = {"sample.images_per_epoch": 128, "sample.batch_size": 16, "train.batch_size": 16, "train.clip_range": 2e-3}
 
 CONTESTANTS = {
-    "ddpo_is": {**EIGHT_UPDATES, "num_epochs": 8},
-    "ddpo_is_one_update": {**EIGHT_UPDATES, **ONE_UPDATE, "num_epochs": 5},
+    "ddpo_is": {**PRESET, "train.updates_per_epoch": 8, "train.warmup_updates": 16, "num_epochs": 8},
+    "ddpo_is_one_update": {**PRESET, **ONE_UPDATE, "num_epochs": 5},
     "nft": {**FORWARD, "algorithm": "nft", "num_epochs": 4},
     "nft_64": {**FORWARD, "algorithm": "nft", "sample.images_per_epoch": 64, "num_epochs": 5},
     "awm": {**FORWARD, "algorithm": "awm", "num_epochs": 4},

@@ -57,7 +57,8 @@ def get_config(variant="compressibility"):
         config.train.learning_rate = 1e-3
     else:
         config.lora_rank = 0
-        config.train.kl_weight *= 2 if task == "incompressibility" else 1  # it goes further than it should otherwise
+        if task == "incompressibility":
+            config.train.kl_weight = 0.02  # with 0.01 some seeds lose animals
         config.train.updates_per_epoch = 1
         config.train.warmup_updates = 2
         config.train.learning_rate = 1e-4

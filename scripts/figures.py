@@ -142,7 +142,7 @@ def draw_fig4(jobs):
         mine = by_curve(jobs, panel)
         for axes, (xlabel, names, x_of) in zip(column, rows):
             for curve in (c for c in mine if c in names):
-                draw_gains(axes, mine[curve], x_of, colours[curve], LABELS.get(curve, curve))
+                draw_gains(axes, mine[curve], x_of, colours[curve])
             axes.set(xlabel=xlabel)
         column[0].set_title(LABELS.get(panel, panel))
         for curve, its in mine.items():
@@ -157,17 +157,17 @@ def draw_fig4(jobs):
         mine = by_curve(jobs, panel)
         for axes, (curve, its) in zip(strip.subplots(1, len(mine), squeeze=False)[0], mine.items()):
             named = np.mean([job.evaluated("seen, stochastic", "classifier_accuracy")[-1] for job in its])
-            title = f"{LABELS.get(curve, curve).replace(' ', chr(10)).replace('-', chr(10))}\n{named:.0%}"
-            show(axes, its[0], max(its[0].grids), range(min(3, its[0].options["grid_images"])), title)
+            name = "\n".join(LABELS.get(curve, curve).replace("-", " ").split())
+            show(axes, its[0], max(its[0].grids), range(min(3, its[0].options["grid_images"])), f"{name}\n{named:.0%}")
     return figure
 
 
-def draw_gains(axes, jobs, x_of, colour, label):
+def draw_gains(axes, jobs, x_of, colour):
     """The mean gain of a curve's seeds over the base model at each evaluation, in a band from lowest to highest."""
     rewards = np.array([job.evaluated("seen, stochastic", "reward_mean") for job in jobs])
     named = np.mean([job.evaluated("seen, stochastic", "classifier_accuracy") for job in jobs], axis=0)
     gains, x = rewards - rewards[:, :1], np.mean([x_of(job) for job in jobs], axis=0)
-    axes.plot(x, gains.mean(0), color=colour, label=label, linewidth=1.2)
+    axes.plot(x, gains.mean(0), color=colour, linewidth=1.2)
     axes.fill_between(x, gains.min(0), gains.max(0), color=colour, alpha=0.12, linewidth=0)
     axes.scatter(x, gains.mean(0), s=14, color=["white" if n < 0.95 else colour for n in named], edgecolors=[colour],
                  linewidths=0.8, zorder=3)  # fmt: skip

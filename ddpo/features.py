@@ -11,13 +11,12 @@ too. The UNet sees the picture's latent under a little noise, always the same, w
 
 import functools
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from ddpo.clip import DTYPES, embed_images, image_pixels, load_clip
 from ddpo.errors import InputError, choose
 from ddpo.models import Conditions, load_model
+from ddpo.pipeline_logprob import encode
 from ddpo.seeds import torch_generator
 
 DEPTHS = 4  # of a CLIP's layers
@@ -93,11 +92,7 @@ def load_unet(name, device, precision):
 
     @torch.no_grad()
     def embed(images):
-        size = (width, height)
-        images = [ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS) for image in images]
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).to(device).permute(0, 3, 1, 2)
-        latents = vae.encode(pixels / 127.5 - 1).latent_dist.mode() * vae.config.scaling_factor
-        x_t = (signal * latents + noise).to(dtype)
+        x_t = (signal * encode(vae, images, width, height) + noise).to(dtype)
         outputs.clear()
         family.call(unet, x_t, torch.full((len(x_t),), t, device=device), empty.expand(len(x_t)).to(dtype), 1.0)
         return torch.cat([mean_std(output.float().flatten(2), 2) for output in outputs], 1)

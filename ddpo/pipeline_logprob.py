@@ -6,8 +6,9 @@ and for training alike: a policy that samples with guidance and trains without i
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ddpo.seeds import torch_generator
@@ -117,6 +118,16 @@ def sample_with_logprob(
             on_images(start, decode(policy, x_t))
     bar.close()
     return Trajectories(images, latents, means, log_probs, timesteps)
+
+
+@torch.no_grad()
+def encode(vae, images, width, height):
+    """Latents (B, C, h, w), as the denoiser takes them, of B PIL images that are cut and scaled to width x height
+    pixels: the means that the VAE gives them."""
+    images = [ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS) for image in images]
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    latents, config = vae.encode(pixels.to(vae.device) / 127.5 - 1).latent_dist.mode(), vae.config
+    return (latents - config.shift_factor if config.shift_factor else latents) * config.scaling_factor
 
 
 def decode(policy, latents):

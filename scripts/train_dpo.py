@@ -24,9 +24,8 @@ import argparse
 import os
 import sys
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn import functional as F
 
 from ddpo import cli
@@ -36,6 +35,7 @@ from ddpo.evaluation import load_evaluation
 from ddpo.likelihood import draw_timesteps_and_noise, mean_square, noised
 from ddpo.losses import preference_margin
 from ddpo.optimizer import Optimizer, blame_gradient
+from ddpo.pipeline_logprob import encode
 from ddpo.policy import load_policy
 from ddpo.prompts import check_length
 from ddpo.reward_model import VOTES, read_choices
@@ -93,18 +93,16 @@ def draw_row(seed, position, count):
     return int(numpy_generator("pairs", seed, turn).permutation(count)[place])
 
 
-@torch.no_grad()
-def encode(policy, names, height, width):
+def encode_files(policy, names, height, width):
     """{name: latent (C, h, w) on the CPU} of picture files, cut and scaled to height x width: the means that the VAE
     gives them. Raises InputError that names a file that is no picture."""
     factor, latents = policy.pipe.vae_scale_factor, {}
     for name in dict.fromkeys(names):
         try:
-            picture = ImageOps.fit(Image.open(name).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+            picture = Image.open(name).convert("RGB")
         except OSError as error:
             raise InputError(f"the picture {name} cannot be read: {error}") from error
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(policy.device) / 127.5 - 1
-        latent = policy.vae.encode(pixels).latent_dist.mode() * policy.vae.config.scaling_factor
+        latent = encode(policy.vae, [picture], width, height)
         assert latent.shape[-2:] == (height // factor, width // factor)
         latents[name] = latent[0].cpu()
     return latents
@@ -191,7 +189,8 @@ def train(config, preset):
     optimizer = Optimizer(policy.trainable_parameters(), config, run.accelerator)
     factor = policy.pipe.vae_scale_factor
     height, width = (side * factor for side in policy.latent_shape(config.sample.height, config.sample.width)[1:])
-    latents = encode(policy, [vote[side] for vote in votes + held_out for side in ("left", "right")], height, width)
+    names = [vote[side] for vote in votes + held_out for side in ("left", "right")]
+    latents = encode_files(policy, names, height, width)
     pairs = Pairs(policy, votes, latents, config.train)
 
     # This process's pairs of an epoch: (updates, pairs of an update), of which each is the next one of a permutation.

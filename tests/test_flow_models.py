@@ -14,6 +14,8 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from safetensors.torch import load_file
 from test_policy import disturb
 from test_train import metrics
@@ -26,7 +28,7 @@ from ddpo.errors import InputError
 from ddpo.likelihood import draw_timesteps_and_noise, noised
 from ddpo.models import use_joint_attention
 from ddpo.options import check, load_preset
-from ddpo.pipeline_logprob import predict_noise, sample_with_logprob
+from ddpo.pipeline_logprob import encode, predict_noise, sample_with_logprob
 from ddpo.policy import load_policy, load_weights, save_weights
 from scripts.publish import is_transformer
 
@@ -296,3 +298,14 @@ def test_the_presets_of_the_embedded_flow_train(tiny_sd35, tmp_path, monkeypatch
     train.train(config, "preset")
     (line,) = metrics(tmp_path)
     assert line["grad_norm"] > 0 and line["ratio_error"] == 0 and np.isfinite(line["loss"])
+
+
+def test_pictures_become_latents_by_the_vaes_own_shift(tiny_sd3):
+    """As diffusers' image processor and pipelines have it."""
+    vae = load_policy(tiny_sd3, 0, "fp32", "cpu").vae
+    vae.register_to_config(shift_factor=0.3)
+    image = Image.effect_noise((40, 32), 80).convert("RGB")
+    with torch.no_grad():
+        mean = vae.encode(VaeImageProcessor().preprocess(image)).latent_dist.mean
+    found = encode(vae, [image, image], 40, 32)
+    torch.testing.assert_close(found, (mean - 0.3).expand(2, -1, -1, -1) * vae.config.scaling_factor)

@@ -18,7 +18,7 @@ from ddpo.likelihood import draw_timesteps_and_noise
 from ddpo.policy import load_policy, load_weights
 from scripts.sample import open_run
 from scripts.simulate_rater import choose, taste
-from scripts.train_dpo import Pairs, correct, dpo, draw_row, encode, hold_out, sft
+from scripts.train_dpo import Pairs, correct, dpo, draw_row, encode_files, hold_out, sft
 
 
 def vote(left="a.png", right="b.png", choice="left", prompt="a cat"):
@@ -48,7 +48,7 @@ def pairs_of(model, votes, rank=4, dropout=0.0):
     options.prompt_dropout = dropout
     names = [v[side] for v in votes for side in ("left", "right")]
     size = policy.latent_shape()[-1] * policy.pipe.vae_scale_factor
-    return Pairs(policy, votes, encode(policy, names, size, size), options)
+    return Pairs(policy, votes, encode_files(policy, names, size, size), options)
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +267,8 @@ def test_new_choices_are_predicted(choices, tmp_path):
         votes.append(vote(*names, "left" if a > b else "right", ["a cat", "a dog"][i % 2]))
     config, policy, folder = open_run(tmp_path / "run")
     policy.keep_base()
-    pairs = Pairs(policy, votes, encode(policy, [v[s] for v in votes for s in ("left", "right")], 64, 64), config.train)
+    names = [vote[side] for vote in votes for side in ("left", "right")]
+    pairs = Pairs(policy, votes, encode_files(policy, names, 64, 64), config.train)
     load_weights(policy, folder)
     measured = pairs.measure(8)
     assert measured["accuracy"] >= 0.7 and measured["loss"] < math.log(2)

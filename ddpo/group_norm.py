@@ -143,6 +143,25 @@ if triton:
         tl.store(inverse + sample * groups + group, 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps))
 
     @triton.jit
+    def _parameters(mean, inverse, weight, bias, group, c, within):
+        """Of channels c: mean and 1 / std of their groups, weight and bias of the norm."""
+        m, r = tl.load(mean + group, mask=within, other=0.0), tl.load(inverse + group, mask=within, other=0.0)
+        w = tl.load(weight + c, mask=within, other=0.0).to(tl.float32)
+        b = tl.load(bias + c, mask=within, other=0.0).to(tl.float32)
+        return m, r, w, b
+
+    @triton.jit
+    def _normal_and_gradient(x, dy, place, inside, m, r, w, b, SILU: tl.constexpr):
+        """The normalised x, and the gradient of the norm's output, of a tile."""
+        normal = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - m[None, :]) * r[None, :]
+        gradient = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32)
+        if SILU:
+            output = normal * w[None, :] + b[None, :]
+            s = tl.sigmoid(output)
+            gradient *= s * (1 + output * (1 - s))
+        return normal, gradient
+
+    @triton.jit
     def _normalise(
         x, y, mean, inverse, weight, bias, pixels, channels, groups, size,
         SILU: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -152,10 +171,7 @@ if triton:
         x += sample * pixels * channels
         y += sample * pixels * channels
         within = c < channels
-        group = sample * groups + c // size
-        m, r = tl.load(mean + group, mask=within, other=0.0), tl.load(inverse + group, mask=within, other=0.0)
-        w = tl.load(weight + c, mask=within, other=0.0).to(tl.float32)
-        b = tl.load(bias + c, mask=within, other=0.0).to(tl.float32)
+        m, r, w, b = _parameters(mean, inverse, weight, bias, sample * groups + c // size, c, within)
         for start in range(0, CHUNK, ROWS):
             p = chunk * CHUNK + start + tl.arange(0, ROWS)
             inside = (p < pixels)[:, None] & within[None, :]
@@ -177,21 +193,13 @@ if triton:
         x += sample * pixels * channels
         dy += sample * pixels * channels
         within = c < channels
-        group = sample * groups + c // size
-        m, r = tl.load(mean + group, mask=within, other=0.0), tl.load(inverse + group, mask=within, other=0.0)
-        w = tl.load(weight + c, mask=within, other=0.0).to(tl.float32)
-        b = tl.load(bias + c, mask=within, other=0.0).to(tl.float32)
+        m, r, w, b = _parameters(mean, inverse, weight, bias, sample * groups + c // size, c, within)
         total, product = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, CHUNK, ROWS):
             p = chunk * CHUNK + start + tl.arange(0, ROWS)
             inside = (p < pixels)[:, None] & within[None, :]
             place = p[:, None] * channels + c[None, :]
-            normal = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - m[None, :]) * r[None, :]
-            gradient = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32)
-            if SILU:
-                output = normal * w[None, :] + b[None, :]
-                s = tl.sigmoid(output)
-                gradient *= s * (1 + output * (1 - s))
+            normal, gradient = _normal_and_gradient(x, dy, place, inside, m, r, w, b, SILU)
             total += gradient
             product += gradient * normal
         place = (sample * chunks + chunk) * channels + c
@@ -227,20 +235,13 @@ if triton:
         dx += sample * pixels * channels
         within = c < channels
         group = sample * groups + c // size
-        m, r = tl.load(mean + group, mask=within, other=0.0), tl.load(inverse + group, mask=within, other=0.0)
+        m, r, w, b = _parameters(mean, inverse, weight, bias, group, c, within)
         mean_g = tl.load(mean_gradient + group, mask=within, other=0.0)
         mean_p = tl.load(mean_product + group, mask=within, other=0.0)
-        w = tl.load(weight + c, mask=within, other=0.0).to(tl.float32)
-        b = tl.load(bias + c, mask=within, other=0.0).to(tl.float32)
         for start in range(0, CHUNK, ROWS):
             p = chunk * CHUNK + start + tl.arange(0, ROWS)
             inside = (p < pixels)[:, None] & within[None, :]
             place = p[:, None] * channels + c[None, :]
-            normal = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - m[None, :]) * r[None, :]
-            gradient = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32)
-            if SILU:
-                output = normal * w[None, :] + b[None, :]
-                s = tl.sigmoid(output)
-                gradient *= s * (1 + output * (1 - s))
+            normal, gradient = _normal_and_gradient(x, dy, place, inside, m, r, w, b, SILU)
             value = r[None, :] * (gradient * w[None, :] - mean_g[None, :] - normal * mean_p[None, :])
             tl.store(dx + place, value.to(dx.dtype.element_ty), mask=inside)

@@ -7,7 +7,6 @@ tried is drawn at the best one; what every job came to is printed, the others' t
 """
 
 import argparse
-import json
 import os
 import re
 
@@ -32,11 +31,11 @@ from scripts.sweep import best_rates, final_reward  # noqa: E402
 LABELS = {
     "ddpo_is": "DDPO-IS", "ddpo_sf": "DDPO-SF", "rwr": "RWR", "rwr_sparse": "RWR-sparse", "best_of_n": "best of n",
     "nft": "NFT", "awm": "AWM", "ram": "RAM", "dpo": "online DPO",
+    "preset": "the preset", "careless": "three times its learning rate, no KL penalty",
     "rank_1": "rank 1", "rank_4": "rank 4", "rank_16": "rank 16", "rank_64": "rank 64", "full": "full",
     "compressibility": "compressibility: - kB", "incompressibility": "incompressibility: kB",
     "aesthetic": "a reward learned from choices",
 }  # fmt: skip
-PAPER = ("ddpo_is", "ddpo_sf", "rwr", "rwr_sparse")  # fig4's first row
 plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 plt.rcParams["svg.hashsalt"] = "ddpo"  # the same file for the same numbers
 
@@ -122,27 +121,21 @@ def draw_over_training(axes_of, job, indices):
 
 
 def draw_fig4(jobs):
-    """What each algorithm gained on fixed noise: a column per task; the paper's algorithms and the newer ones against
-    reward queries, all against network passes. Below, what the first seed draws last. A dot per evaluation is hollow
-    where less than 95% of the animals are named by a classifier that is no reward. Prints the gain up to there."""
+    """What each algorithm gained on fixed noise, a column per task: against reward queries and against network passes.
+    Below, what the first seed draws last. A dot per evaluation is hollow where less than 95% of the animals are named
+    by a classifier that is no reward. Prints the gain up to there."""
     panels = [label for label in LABELS if any(job.panel == label for job in jobs)] or sorted({j.panel for j in jobs})
     curves = list(dict.fromkeys(curve for panel in panels for curve in by_curve(jobs, panel)))
     colours = dict(zip(curves, plt.cm.tab10.colors))
-    newer = [curve for curve in curves if curve not in PAPER]
-    rows = [
-        ("reward queries", PAPER, Job.queries_evaluated),
-        ("reward queries", ("ddpo_is", *newer), Job.queries_evaluated),
-        ("network passes", curves, Job.passes_evaluated),
-    ]
-    rows = rows if newer else rows[::2]
+    rows = {"reward queries": Job.queries_evaluated, "network passes": Job.passes_evaluated}
     figure = plt.figure(figsize=(3.3 * max(2, len(panels)), 2.2 + 2.2 * len(rows)), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1.3 * len(rows), 1])
     grid = above.subplots(len(rows), len(panels), squeeze=False, sharey="col")
     for column, panel in zip(grid.T, panels):
         mine = by_curve(jobs, panel)
-        for axes, (xlabel, names, x_of) in zip(column, rows):
-            for curve in (c for c in mine if c in names):
-                draw_gains(axes, mine[curve], x_of, colours[curve])
+        for axes, (xlabel, x_of) in zip(column, rows.items()):
+            for curve, its in mine.items():
+                draw_gains(axes, its, x_of, colours[curve])
             axes.set(xlabel=xlabel)
         column[0].set_title(LABELS.get(panel, panel))
         for curve, its in mine.items():
@@ -160,6 +153,11 @@ def draw_fig4(jobs):
             name = "\n".join(LABELS.get(curve, curve).replace("-", " ").split())
             show(axes, its[0], max(its[0].grids), range(min(3, its[0].options["grid_images"])), f"{name}\n{named:.0%}")
     return figure
+
+
+def draw_newer(jobs, newer):
+    """The same for the newer algorithms, beside fig4's DDPO-IS."""
+    return draw_fig4([job for job in jobs if job.curve == "ddpo_is"] + newer)
 
 
 def draw_gains(axes, jobs, x_of, colour):
@@ -199,7 +197,8 @@ def draw_fig5(jobs):
 
 def draw_fig6(aligned, compressed):
     """Gains on prompts trained on and held out, sampled with noise and without: an arrow per seed, from base to
-    finetuned."""
+    finetuned by the presets."""
+    compressed = [job for job in compressed if job.curve == "preset"]
     figure, panels = plt.subplots(1, 2, figsize=(6.4, 2.7), layout="constrained")
     sections = [f"{kind}, {s}" for s in ("stochastic", "deterministic") for kind in ("seen", "held_out")]
     for axes, jobs, title in zip(
@@ -221,8 +220,10 @@ def draw_fig6(aligned, compressed):
 
 
 def draw_fig7(jobs):
-    """Training without a stop: the reward, and what it was not trained on; pictures of the same noise below."""
-    figure = plt.figure(figsize=(7, 5), layout="constrained")
+    """The preset, and what it prevents: the reward, and what it was not trained on; pictures of the same noise below.
+    Animals held out from training are dashed."""
+    curves = by_curve(jobs, jobs[0].panel)
+    figure = plt.figure(figsize=(9, 5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1, 1])
     panels = above.subplots(1, 4)
     measures = {
@@ -230,12 +231,17 @@ def draw_fig7(jobs):
         "animal named", "diversity": "diversity",
     }  # fmt: skip
     for axes, (key, title) in zip(panels, measures.items()):
-        for kind in ("seen", "held_out"):
-            values = np.stack([job.evaluated(f"{kind}, stochastic", key) for job in jobs])
-            plot_band(axes, jobs[0].queries_evaluated(), values, "animals " + kind.replace("_", " "))
+        for curve, its in curves.items():
+            for kind, style in (("seen", "-"), ("held_out", "--")):
+                values = np.stack([job.evaluated(f"{kind}, stochastic", key) for job in its])
+                label = LABELS[curve] + (", held out" if kind == "held_out" else "")
+                colour = "C0" if curve == "preset" else "C3"
+                plot_band(axes, its[0].queries_evaluated(), values, label, color=colour, linestyle=style)
         axes.set(title=title, xlabel="reward queries")
-    above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    draw_over_training(below.subplots(1, 5), jobs[0], range(min(3, jobs[0].options["grid_images"])))
+    above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    for part, (curve, its) in zip(below.subfigures(1, len(curves)), curves.items()):
+        part.suptitle(LABELS[curve], fontsize=8)
+        draw_over_training(part.subplots(1, 4), its[0], range(min(3, its[0].options["grid_images"])))
     return figure
 
 
@@ -243,23 +249,18 @@ def draw_lora(jobs):
     """Reward curves by rank and of full finetuning, and what each costs."""
     figure, panels = plt.subplots(1, 4, figsize=(9, 2.7), layout="constrained", width_ratios=[2, 1, 1, 1])
     curves = by_curve(jobs, jobs[0].panel)
-    colours, queries = [], curves["rank_1"][0].metrics["reward_queries"]  # those of full finetuning are longer
+    colours = []
     for curve, mine in curves.items():
         name = f"{LABELS.get(curve, curve)}, {mine[0].rate:g}"
-        colours.append(plot_band(panels[0], queries, rewards_of(mine)[:, : len(queries)], name))
+        colours.append(plot_band(panels[0], mine[0].metrics["reward_queries"], rewards_of(mine), name))
     panels[0].set(title="mean reward (- kB), learning rate", xlabel="reward queries")
     panels[0].legend(fontsize=6)
-    # Times are the bench's, whose contestants take turns: the runs of a sweep shared the machine with others.
-    with open("results/bench/lora.json") as f:
-        rows = json.load(f)["rows"]
-    seconds = [row["images_per_epoch"] / np.median(row["cpu_images_per_second"]) for row in rows]
-    panels[1].bar(range(len(seconds)), seconds, color=colours)
-    panels[1].set_title("CPU seconds an epoch", fontsize=8)
     costs = {
+        "CPU seconds an epoch": lambda job: np.median(job.metrics["cpu_seconds"]),
         "peak memory, GB": lambda job: job.metrics["peak_memory_gb"][-1],
         "weights saved, MB": lambda job: job.facts["weights_mb"],
     }
-    for axes, (title, cost) in zip(panels[2:], costs.items()):
+    for axes, (title, cost) in zip(panels[1:], costs.items()):
         for x, (mine, colour) in enumerate(zip(curves.values(), colours)):
             axes.bar(x, np.median([cost(job) for job in mine]), color=colour)
         axes.set_title(title, fontsize=8)
@@ -317,6 +318,7 @@ def draw_frontier():
 
 FIGURES = {  # name -> how it is drawn, from the jobs of these sweeps
     "fig4": (draw_fig4, "fig4"),
+    "newer": (draw_newer, "fig4", "newer"),
     "fig5": (draw_fig5, "fig5"),
     "fig6": (draw_fig6, "fig5", "fig7"),
     "fig7": (draw_fig7, "fig7"),

@@ -20,9 +20,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-def plot_band(axes, x, y, name):
+def plot_band(axes, x, y, name, **line_style):
     """Draws the mean of y (seeds, points) in a band from the lowest to the highest; returns its colour."""
-    (line,) = axes.plot(x, y.mean(0), label=f"{name} ({len(y)} seed{'s' * (len(y) > 1)})")
+    (line,) = axes.plot(x, y.mean(0), label=f"{name} ({len(y)} seed{'s' * (len(y) > 1)})", **line_style)
     axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
     return line.get_color()
 

@@ -12,7 +12,7 @@ from ddpo.errors import InputError
 from ddpo.pipeline_logprob import decode, predict_noise
 
 # Beyond so many latent pixels a batch (one picture of Stable Diffusion's, 16 of the embedded model's) a CPU gains
-# nothing, see results/bench; a GPU is filled but for a share of its memory, left to rewards and fragments.
+# nothing, see results/bench; a GPU is filled but for a share of what is free, left to rewards and fragments.
 CPU_LATENT_PIXELS = 64 * 64
 GPU_SPARE = 0.1
 # CUDA's libraries have errors of their own for it, some of which do not say so: cuBLAS finds no room for its workspace,
@@ -98,7 +98,7 @@ def _fits(policy, config, count, kept, sampled, trained):
         held += [torch.empty_like(p) for p in parameters for _ in range(2)]
         held += [torch.empty(count, kept, *noise_shape[1:], device=policy.device)]
         if policy.device.type == "cuda":
-            spare = int(GPU_SPARE * torch.cuda.get_device_properties(policy.device).total_memory)
+            spare = int(GPU_SPARE * torch.cuda.mem_get_info(policy.device)[0])  # of what other programs leave, too
             held += [torch.empty(spare, dtype=torch.uint8, device=policy.device)]
         with torch.set_grad_enabled(config.compile):  # see Policy.forward
             latents = output(sampled).detach()

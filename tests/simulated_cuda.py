@@ -226,7 +226,7 @@ def install():
         "is_initialized": True, "set_device": None, "manual_seed": None, "manual_seed_all": None, "empty_cache": None,
         "is_bf16_supported": True, "reset_peak_memory_stats": None, "max_memory_allocated": 10**8, "synchronize": None,
         "get_device_capability": (9, 0), "get_device_name": "simulated", "set_rng_state": None,
-        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8), "mem_get_info": (80_000, 80_000),
         "get_device_properties": type("Properties", (), {"total_memory": 80_000, "uuid": f"gpu {DEVICE.index}"}),
     }.items():  # fmt: skip
         setattr(torch.cuda, name, lambda *args, value=value, **kwargs: value)

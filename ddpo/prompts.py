@@ -15,6 +15,25 @@ from ddpo.seeds import numpy_generator
 
 ASSETS = Path(__file__).parent / "assets"
 ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")  # GenEval's
+# Some of the 80 classes of COCO that GenEval takes its objects from.
+OBJECTS = (
+    "airplane apple backpack banana bear bench bicycle bird boat book bottle bowl bus cake car cat chair clock couch "
+    "cow cup dog donut elephant fork giraffe horse kite laptop motorcycle pizza sandwich sheep skateboard spoon "
+    "suitcase train umbrella vase zebra"
+).split()
+SURFACES = (
+    "A sign", "A neon sign", "A street sign", "A wooden board", "A shop window", "A film poster", "A book cover",
+    "A birthday cake", "A coffee mug", "A T-shirt", "A chalkboard", "A stone tablet", "A newspaper", "A balloon",
+    "A bus", "A phone screen",
+)  # fmt: skip
+WRITINGS = (
+    "Open", "Closed", "Sale", "Exit", "Hello", "Welcome", "Thank You", "Good Morning", "Stop", "Slow", "One Way",
+    "Bakery", "Fresh Fish", "Book Fair", "Happy Birthday", "Mind the Step", "No Parking", "Lost Cat", "Coming Soon",
+    "Free Hugs", "Summer", "Winter Tales", "Jazz Night", "Quiet Please", "Be Kind", "Dream Big", "Wet Paint", "Push",
+    "Library", "Platform Nine", "Garden", "To the Moon", "Keep Left", "Hot Soup", "Puzzle", "Beware of the Dog",
+    "Zebra Crossing", "Sold Out", "New York", "Est 1987",
+)  # fmt: skip
 
 
 @functools.cache
@@ -57,6 +76,35 @@ def counting():
     return pairs
 
 
+def ocr():
+    """Each of 40 short texts on each of 16 things, for the reward ocr: 'A street sign that says "Slow"', the form of
+    Flow-GRPO's prompts."""
+    return [(f'{surface} that says "{text}"', {}) for surface in SURFACES for text in WRITINGS]
+
+
+def geneval():
+    """Prompts of GenEval's kinds (arXiv 2310.11513) with its metadata, for the reward geneval. For each of 40 objects
+    four of positions, three of numbers, two of two coloured objects, one of a colour and one of two objects: near the
+    7 : 5 : 3 : 1 : 1 of Flow-GRPO. Some are among GenEval's own 553: leave those out before you report its score."""
+    pairs, a = [], english().a
+    for i, name in enumerate(OBJECTS):
+        others = [OBJECTS[(i + step) % len(OBJECTS)] for step in (1, 6, 11, 16, 21, 26, 31)]
+        for place, other in zip(("left of", "right of", "above", "below"), others):
+            objects = [{"class": other, "count": 1}, {"class": name, "count": 1, "position": [place, 0]}]
+            pairs.append((f"{a(name)} {place} {a(other)}", objects))
+        for count in (2, 3, 4):
+            counted = f"{english().number_to_words(count)} {english().plural_noun(name)}"
+            pairs.append((counted, [{"class": name, "count": count}]))
+        for k, other in enumerate(others[4:6]):
+            color, second = COLORS[(i + k) % 10], COLORS[(i + 4 * k + 3) % 10]
+            objects = [{"class": name, "count": 1, "color": color}, {"class": other, "count": 1, "color": second}]
+            pairs.append((f"{a(f'{color} {name}')} and {a(f'{second} {other}')}", objects))
+        color = COLORS[(i + 5) % 10]
+        pairs.append((a(f"{color} {name}"), [{"class": name, "count": 1, "color": color}]))
+        pairs.append((f"{a(name)} and {a(others[6])}", [{"class": c, "count": 1} for c in (name, others[6])]))
+    return [(f"a photo of {text}", {"include": objects}) for text, objects in pairs]
+
+
 def from_file(path):
     """The prompts of a UTF-8 text file, one a line; or of JSON lines (*.jsonl), each {"prompt": ..., and the metadata}.
     Blank lines are ignored."""
@@ -92,6 +140,8 @@ PROMPT_SETS = {
     "common_animals": common_animals,
     "animal_activities": animal_activities,
     "counting": counting,
+    "geneval": geneval,
+    "ocr": ocr,
 }
 
 

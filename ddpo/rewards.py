@@ -25,7 +25,7 @@ from huggingface_hub import hf_hub_download
 from transformers import CLIPConfig, CLIPProcessor
 
 from config.base import get_config
-from ddpo import reward_model, vlm
+from ddpo import geneval, ocr, reward_model, vlm
 from ddpo.clip import DTYPES, cosine, embed_images, from_open_clip, load_clip, not_found
 from ddpo.errors import InputError, choose, shorten
 from ddpo.prompts import check_length
@@ -162,6 +162,8 @@ MODEL_REWARDS = {
     "hpsv2": load_hpsv2,
     "alignment": vlm.load_alignment,
     "counting": vlm.load_counting,
+    "geneval": geneval.load_geneval,
+    "ocr": ocr.load_ocr,
     "learned": load_learned,
 }
 

@@ -341,12 +341,21 @@ def is_right(answer, expected, question=""):
     """Whether an answer says the expected word: a number, or a thing in singular or plural. "No cat" does not say
     "cat", nor "not three" or "two or three" three. Of several numbers the one before the question's noun counts, else
     the first."""
-    answer = re.sub(r"(\d)\s*[-–]\s*(\d)", r"\1 to \2", answer.lower().replace("n't", " not"))
-    words = re.findall(r"[a-z]+(?:-[a-z]+)*|\d+|[,.;]", answer)
+    words = words_of(answer)
     if expected in number_words():
         return count_in(words, question.lower()) == number_words()[expected]
-    names = {expected, english().plural_noun(expected)}
-    return any(word in names and not NEGATIONS & set(words[max(0, i - 3) : i]) for i, word in enumerate(words))
+    return bool(affirmed(words, {expected, english().plural_noun(expected)}))
+
+
+def words_of(answer):
+    """The words, numbers and stops of an answer, in lower case: "2-3 cats" as 2 to 3 cats, "isn't" as is not."""
+    answer = re.sub(r"(\d)\s*[-–]\s*(\d)", r"\1 to \2", answer.lower().replace("n't", " not"))
+    return re.findall(r"[a-z]+(?:-[a-z]+)*|\d+|[,.;]", answer)
+
+
+def affirmed(words, names):
+    """Which of the names an answer's words say, in their order, without those that it denies."""
+    return [w for i, w in enumerate(words) if w in names and not NEGATIONS & set(words[max(0, i - 3) : i])]
 
 
 def count_in(words, question):

@@ -197,7 +197,7 @@ def test_two_rewards_share_their_clip(clip_768):
     assert _load_clip.cache_info().misses == 1
 
 
-@pytest.mark.parametrize("name", ["aesthetic", "clipscore", "pickscore", "hpsv2", "alignment", "counting"])
+@pytest.mark.parametrize("name", ["aesthetic", "clipscore", "pickscore", "hpsv2", "alignment", "counting", "geneval"])
 def test_missing_models_say_how_to_get_them(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"hf download \S+/\S+") as error:

@@ -9,10 +9,11 @@ def texts(name):
     return [prompt for prompt, _ in prompts.get_prompts(name)]
 
 
-@pytest.mark.parametrize(
-    "name, size", [("imagenet_animals", 398), ("common_animals", 45), ("animal_activities", 135), ("counting", 315)]
-)
-def test_sets_have_the_papers_size_and_no_repeats(name, size):
+SIZES = {"imagenet_animals": 398, "common_animals": 45, "animal_activities": 135, "counting": 315}  # the paper's
+
+
+@pytest.mark.parametrize("name, size", (SIZES | {"geneval": 440, "ocr": 640}).items())
+def test_sets_have_their_size_and_no_repeats(name, size):
     pairs = prompts.get_prompts(name)
     assert len(pairs) == len({prompt for prompt, _ in pairs}) == size
     assert all(prompt == prompt.strip() and isinstance(metadata, dict) for prompt, metadata in pairs)

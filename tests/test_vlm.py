@@ -200,6 +200,15 @@ def test_alignment_and_counting_from_a_server(llava, bert, served, images):
         rewards.get_reward(f"counting:{served}", options=settings, prompt_set=[*drawn, ("a cat", {})])
 
 
+def test_geneval_by_the_model_in_this_process(llava, images):
+    drawn = prompts.geneval()[:6]
+    reward = rewards.get_reward(f"geneval:{llava}", options=options(max_unusable=1.0), prompt_set=drawn)
+    values, info = rewards.compute_rewards(reward, images, [p for p, _ in drawn], [m for _, m in drawn])
+    assert ((values >= 0) & (values <= 1)).all() and (info["geneval_correct"] <= values).all()
+    with pytest.raises(InputError, match="^reward geneval:.*needs prompts with GenEval's metadata.*'a cat'"):
+        rewards.get_reward(f"geneval:{llava}", prompt_set=[*drawn, ("a cat", {})])
+
+
 def test_alignment_and_counting_share_their_model(llava, bert):
     loads = vlm.load_vlm.cache_info().misses
     settings = options(bertscore_model=bert, bertscore_layer=2)
@@ -311,6 +320,30 @@ def test_answers_are_counted(scripted):
     pictures = [Image.new("RGB", (16, 16), "red")] * 3
     values, _ = rewards.get_reward(f"counting:{scripted.address}")(pictures, ["cats"] * 3, metadata)
     assert values.tolist() == [1.0, 0.5, 0.0]
+
+
+def test_geneval_asks_about_each_object_of_each_picture(scripted):
+    """A red cat alone, and two dogs, of which the questions of one prompt are true; a picture without usable answer."""
+
+    def plan(number, body):
+        text = body["messages"][0]["content"][1]["text"]
+        if colour_of(body) == "blue":
+            return said("two" if "dogs" in text else "")
+        return said("Red." if "color" in text else "one" if "cats" in text else "none")
+
+    scripted.plan = plan
+    cat = {"include": [{"class": "cat", "count": 1, "color": "red"}]}
+    dog = {"include": [{"class": "dog", "count": 1, "color": "red"}]}
+    dogs = {"include": [{"class": "dog", "count": 2}]}
+    both = {"include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1}]}
+    cases = [("red", cat, 1), ("red", dog, 0), ("red", both, 0.5), ("blue", dogs, 1), ("blue", cat, 2.5 / 4)]
+    pictures = [Image.new("RGB", (16, 16), colour) for colour, _, _ in cases]
+    reward = rewards.get_reward(f"geneval:{scripted.address}")
+    values, info = rewards.compute_rewards(reward, pictures, ["pets"] * 5, [m for _, m, _ in cases])
+    assert values.tolist() == [value for _, _, value in cases]
+    assert info["geneval_correct"].tolist() == [1, 0, 0, 1, 0.5] and info["vlm_unusable"].tolist() == [0, 0, 0, 0, 1]
+    asked = sorted(body["messages"][0]["content"][1]["text"] for _, _, body in scripted.requests)
+    assert len(asked) == 9 and asked[-1] == "What color is the dog in this image? Answer with one word."
 
 
 def test_a_key_with_a_line_end(scripted, monkeypatch):

@@ -6,7 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import launch
+import torch
+from conftest import ROOT, launch
+from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw, ImageFont
 from test_train import metrics
 
@@ -126,6 +128,19 @@ def test_text_in_pictures(reader):
     values, info = rewards.compute_rewards(reader, images, [f'A sign: "{t}"' for t in texts], [{}] * len(cases))
     np.testing.assert_allclose(values, expected, rtol=1e-6)
     assert info["ocr_exact"].tolist() == [value == 1 for value in expected]
+
+
+def test_the_embedded_vae_leaves_words_readable(reader):
+    """So a model that drew words in its latents could be rewarded for them."""
+    vae = AutoencoderKL.from_pretrained(ROOT / "models/emoji/vae")
+    for word in ("cat", "SUN", "fox"):
+        pixels = torch.tensor(np.asarray(drawn(word, (64, 64), 26))).permute(2, 0, 1)[None] / 127.5 - 1
+        with torch.no_grad():
+            decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
+        assert (decoded - pixels).abs().max() > 0.05  # it is not the picture itself
+        image = ((decoded[0] / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        values, _ = reader([Image.fromarray(image)], [f'"{word}"'], [{}])
+        assert values == 1
 
 
 def test_the_channels_are_not_swapped(monkeypatch, reader):

@@ -52,6 +52,19 @@ def test_settings_are_those_of_the_sources(preset):
         assert 1 <= min(opt.batch_size, share) <= most and 1 <= sample.batch_size <= most
 
 
+@pytest.mark.parametrize("variant, kl_weight", [("grpo", 0.001), ("ocr", 0.004), ("geneval", 0.004)])
+def test_flow_grpos_settings(variant, kl_weight):
+    """Its weights of the KL are 0.01 for PickScore and four times that for the others; a tenth of it here."""
+    config = load(f"sd3:{variant}")
+    for processes in (1, 2, 8, 32):
+        check(config, processes)
+    sample, opt = config.sample, config.train
+    assert (sample.num_steps, sample.guidance_scale, sample.noise_level, sample.images_per_prompt) == (10, 4.5, 0.7, 24)
+    assert (opt.learning_rate, opt.clip_range, opt.updates_per_epoch, opt.kl_weight) == (3e-4, 1e-4, 2, kl_weight)
+    if variant != "grpo":
+        assert config.reward == config.prompts == variant
+
+
 @pytest.mark.parametrize("preset", INTENDED)
 def test_an_epoch_on_a_tiny_model(tiny, tmp_path, monkeypatch, preset):
     """As the preset has it, but for the model, the judges whose weights are not here, and the number of steps."""

@@ -85,7 +85,7 @@ def ocr():
 def geneval():
     """Prompts of GenEval's kinds (arXiv 2310.11513) with its metadata, for the reward geneval. For each of 40 objects
     four of positions, three of numbers, two of two coloured objects, one of a colour and one of two objects: near the
-    7 : 5 : 3 : 1 : 1 of Flow-GRPO. Some are among GenEval's own 553: leave those out before you report its score."""
+    7 : 5 : 3 : 1 : 1 of Flow-GRPO. Some may be among GenEval's own 553: leave those out before you report its score."""
     pairs, a = [], english().a
     for i, name in enumerate(OBJECTS):
         others = [OBJECTS[(i + step) % len(OBJECTS)] for step in (1, 6, 11, 16, 21, 26, 31)]

@@ -5,10 +5,10 @@ import json
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
+from config.base import get_config
 from ddpo.evaluation import choose_prompts, evaluate, load_classifier
 from ddpo.policy import load_policy
 from ddpo.prompts import get_prompts
@@ -25,10 +25,9 @@ def main(options):
     judge.set_timesteps(options["sample.num_steps"])
     classifier = load_classifier(str(Path(options["model"], "classifier")))
     pairs = choose_prompts(get_prompts(options["prompts"]), options["evaluate.limit"])
-    sample = SimpleNamespace(
-        guidance_scale=options["sample.guidance_scale"], eta=1.0, batch_size=16, height=0, width=0,
-        num_steps=options["sample.num_steps"],
-    )  # fmt: skip
+    sample = get_config().sample
+    sample.guidance_scale, sample.num_steps = options["sample.guidance_scale"], options["sample.num_steps"]
+    sample.batch_size = 16
     passes = []
     pipeline.unet.register_forward_pre_hook(
         lambda _, inputs: passes.append(len(inputs[0]) * (3 if torch.is_grad_enabled() else 1))

@@ -17,6 +17,7 @@ from accelerate import PartialState
 
 from ddpo.errors import InputError
 from ddpo.policy import load_weights, save_weights
+from ddpo.sharding import gather, is_sharded, spread
 
 TEMPORARY = ".tmp"  # behind the name of a checkpoint that is being written
 
@@ -33,8 +34,9 @@ def epoch_of(folder):
     return int(os.path.basename(folder).removeprefix("epoch_"))
 
 
-def save_checkpoint(run_dir, epoch, policy, optimizer, tracker, keep):
-    """Writes the checkpoint of a run after `epoch` epochs, then removes all but the newest `keep` (0: keeps all).
+def save_checkpoint(run_dir, epoch, policy, optimizer, tracker, keep, writes=True):
+    """Writes the checkpoint of a run after `epoch` epochs, then removes all but the newest `keep` (0: keeps all). What
+    is sharded is gathered for it: all processes call it then, of which one `writes`.
 
     Raises InputError if it cannot be written, with the older checkpoints as they were.
     """
@@ -45,6 +47,12 @@ def save_checkpoint(run_dir, epoch, policy, optimizer, tracker, keep):
     state = {**optimizer.state_dict(), "tracker": tracker.state_dict()}
     if policy.ema:
         state |= {"ema": policy.ema.state_dict(), "weights": [p.detach() for p in policy.trainable_parameters()]}
+    if is_sharded(policy.trainable_parameters()):
+        state = gather(state)
+    if not writes:
+        with policy.averaged():
+            save_weights(policy, None)
+        return
     try:
         os.makedirs(temporary)
         with policy.averaged():
@@ -93,11 +101,13 @@ def load_checkpoint(run_dir, policy, optimizer, tracker):
         if "ema" in state:
             with torch.no_grad():
                 for p, value in zip(policy.trainable_parameters(), state["weights"]):
-                    p.copy_(value)
+                    p.copy_(spread(value, p))
         if policy.ema:
             policy.start_ema(policy.ema.decay)  # from the weights just read, unless there is an average already
             if "ema" in state:
-                policy.ema.load_state_dict(state["ema"] | {"decay": policy.ema.decay})
+                shadow = map(spread, state["ema"]["shadow_params"], policy.trainable_parameters())
+                own = {"decay": policy.ema.decay, "shadow_params": list(shadow)}
+                policy.ema.load_state_dict(state["ema"] | own)
                 policy.ema.to(policy.device)
         optimizer.load_state_dict(state)
         tracker.load_state_dict(state["tracker"])

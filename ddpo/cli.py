@@ -82,12 +82,12 @@ def _check_launcher(precision):
             "default_config.yaml asks for it"
         )
     sharding = {"PARALLELISM_CONFIG": "parallelism config", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
-    for name in (*sharding, "FSDP"):
+    for name, title in sharding.items():
         if env.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise InputError(
-                f"accelerate launch's {sharding.get(name, name)} does nothing here: launch without it. Several GPUs "
-                "split the samples, and each holds the whole model; --config.lora_rank above 0, --config.precision="
-                "bf16 and --config.train.gradient_checkpointing=True need less memory"
+                f"accelerate launch's {title} does nothing here: use --use_fsdp --fsdp_version 2 (docs/gpu.md) for a "
+                "model that one GPU cannot hold; --config.lora_rank above 0, --config.precision=bf16 and "
+                "--config.train.gradient_checkpointing=True need less memory"
             )
     if env.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
         raise InputError("accelerate launch's dynamo backend does nothing here: leave it out, or --config.compile=True")

@@ -111,11 +111,16 @@ def evaluate(policy, sets, count, judges, sample, clip=None, classifier=None, se
         first = 0  # index of a set's first noise
         for kind, pairs in sets.items():
             drawn = pairs * count
-            mine = np.array_split(np.arange(len(drawn)), state.num_processes)[state.process_index].tolist()
+            shares = np.array_split(np.arange(len(drawn)), state.num_processes)
+            mine, own = shares[state.process_index].tolist(), len(shares[state.process_index])
+            if policy.sharding:  # whose passes all processes make: those of a smaller share draw a picture in vain
+                mine += [0] * (len(shares[0]) - own)
             scored, pictures = [], []
 
             def judge(start, images):  # batch by batch, as in training
-                part = [drawn[i] for i in mine[start : start + len(images)]]
+                part, images = [drawn[i] for i in mine[start : min(start + len(images), own)]], images[: own - start]
+                if not part:
+                    return
                 scored.append(score(images, part, judges, clip, classifier, timeout))
                 pictures.extend(images[: 8 - len(pictures)])
 
@@ -146,7 +151,7 @@ def draw_grid(policy, prompt_set, count, sample, seed):
     texts = [prompt for prompt, _ in prompt_set[:: max(1, len(prompt_set) // count)]][:count]
     pictures = sample_with_logprob(
         policy, texts, lambda i: draw_noise(shape, seed, GRID, i), sample.guidance_scale,
-        policy.noise_level(sample), sample.batch_size, progress="grid",
+        policy.noise_level(sample), sample.batch_size, progress="grid" if PartialState().is_main_process else None,
     ).images  # fmt: skip
     return image_grid(pictures, texts)
 

@@ -58,6 +58,10 @@ def fit_batch_sizes(policy, config, updates, share, kept):
     Raises:
         InputError if not even a single sample fits.
     """
+    if policy.sharding:  # a process that runs out of memory would leave the others waiting
+        if 0 in (config.sample.batch_size, config.train.batch_size):
+            raise InputError("with FSDP no batch sizes are tried: give --config.sample.batch_size and train.batch_size")
+        return config.sample.batch_size, config.train.batch_size
     given = [size for size in (config.sample.batch_size, config.train.batch_size) if size]
     on_cpu, noise_shape = policy.device.type == "cpu", policy.noise_shape(config.sample)
     if len(given) == 2 and on_cpu:

@@ -22,7 +22,8 @@ class Masters:
         if dtype is not None:
             self.parameters = [torch.nn.Parameter(p.detach()) for p in self.weights]
             for p in network.parameters():
-                p.data = p.data.to(dtype)
+                if p.dtype != dtype:
+                    p.data = p.data.to(dtype)
             for weight, master in zip(self.weights, self.parameters):
                 weight.register_post_accumulate_grad_hook(partial(_add_gradient, master))
 
@@ -48,6 +49,9 @@ class Masters:
     @contextlib.contextmanager
     def in_network(self):
         """Within it, the network holds the masters themselves, to be saved or loaded."""
+        if self.parameters is self.weights:
+            yield
+            return
         halves = [p.data for p in self.weights]
         for weight, master in zip(self.weights, self.parameters):
             weight.data = master.data

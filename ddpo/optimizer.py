@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import gather_object
 
 from ddpo.errors import InputError
+from ddpo.sharding import is_sharded, local, spread
 
 BUCKET = 2**24  # gradients summed over processes at a time: 64 MB
 
@@ -44,10 +45,12 @@ class Optimizer:
         """Sums the gradient over the processes and clips its global norm. Returns whether the gradient is fit for
         `step`: it is not if it is not finite, unless the loss is and fp16's scaled gradient has merely overflowed, as
         it does now and then; the scaler then skips the step and scales less from there on."""
-        if self.accelerator.num_processes > 1:
+        sharded = is_sharded(self.parameters)  # FSDP has summed such gradients in the backward passes
+        if self.accelerator.num_processes > 1 and not sharded:
             self.sum_over_processes()
         self.scaler.unscale_(self.adam)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
+        norm = norm.full_tensor() if sharded else norm
         if norm.isfinite():
             self.grad_norms.append(float(norm))
             return True
@@ -89,7 +92,12 @@ class Optimizer:
     def load_state_dict(self, state):
         """Takes on the moments and the loss scale of a saved state, and keeps the options that it was made with."""
         own = [{k: v for k, v in group.items() if k != "params"} for group in self.adam.param_groups]
-        self.adam.load_state_dict(state["optimizer"])
+        parameters = [p for group in self.adam.param_groups for p in group["params"]]
+        moments = {  # in the layout of the weights, which may be sharded, or were when they were saved
+            i: {k: spread(v, parameters[i]) if v.shape == parameters[i].shape else v for k, v in values.items()}
+            for i, values in state["optimizer"]["state"].items()
+        }
+        self.adam.load_state_dict(state["optimizer"] | {"state": moments})
         for group, options in zip(self.adam.param_groups, own, strict=True):
             group.update(options)
         if state["scaler"]:  # else the saved run had another precision
@@ -104,17 +112,23 @@ def blame_gradient(where, parameters, minibatches, loss_of, describe, size=1):
         loss_of: function of such a tuple that returns its losses and something else.
         describe: function of such indices that names the sample.
     """
-    culprits = []
-    for single in (single for batch in minibatches for single in zip(*(indices.split(size) for indices in batch))):
-        for p in parameters:
-            p.grad = None
-        loss = loss_of(*single)[0]
-        loss.sum().backward()
-        if not all(p.grad.isfinite().all() for p in parameters if p.grad is not None):
-            culprits.append(f"{describe(*single)} (loss {float(loss.sum()):.4g})")
+    singles = [single for batch in minibatches for single in zip(*(indices.split(size) for indices in batch))]
+    culprits = ["no transition of its own, only in their sum"]
+    for k in range(max(gather_object([len(singles)]))):  # all processes together, as sharded networks want it
+        found = []
+        if k < len(singles):
+            for p in parameters:
+                p.grad = None
+            loss = loss_of(*singles[k])[0]
+            loss.sum().backward()
+            finite = all(local(p.grad).isfinite().all() for p in parameters if p.grad is not None)
+            found = [(finite, f"{describe(*singles[k])} (loss {float(loss.sum()):.4g})")]
+        found = gather_object(found)
+        if not all(finite for finite, _ in found):  # a sharded gradient is the sum of all processes'
+            culprits = [name for finite, name in found if not finite or is_sharded(parameters)]
             break
-    culprits = gather_object(culprits) or ["no transition of its own, only in their sum"]
+    culprit = " or ".join(culprits) if is_sharded(parameters) else culprits[0]
     raise InputError(
-        f"{where}: the gradient is not finite at {culprits[0]}. Stopped before it reached the weights; a lower "
+        f"{where}: the gradient is not finite at {culprit}. Stopped before it reached the weights; a lower "
         "train.learning_rate or a higher precision may help"
     )

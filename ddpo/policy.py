@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 import transformers
+from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -23,6 +24,7 @@ from ddpo.fewer_kernels import use_fewer_kernels
 from ddpo.flow_logprob import check_noise
 from ddpo.masters import Masters
 from ddpo.models import Conditions, load_model, load_network
+from ddpo.sharding import Sharding, class_of, gather_network, is_sharded, shard, spread
 
 transformers.logging.set_verbosity_warning()
 # The network's dtype, if not float32.
@@ -34,12 +36,15 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 class Policy:
     """The parts of a base model, with what sampling and training need of them."""
 
-    def __init__(self, pipe, family, device, precision, lora_rank):
+    def __init__(self, pipe, family, device, precision, lora_rank, sharding=None):
         self.pipe, self.family, self.device, self.lora_rank = pipe, family, torch.device(device), lora_rank
         self.dtype = choose("precision", precision, PRECISIONS)
         self.denoiser, self.vae = getattr(pipe, family.denoiser), pipe.vae
         self.step_kind = get_config().sample.step_kind  # of flow models
-        self.masters = Masters(self.denoiser, self.dtype)
+        self.sharding = sharding
+        self._shares_t5 = bool(sharding) and any(isinstance(part, T5EncoderModel) for part in pipe.components.values())
+        # Sharded weights are float32, and rounded as they are gathered: they are their own masters.
+        self.masters = Masters(self.denoiser, None if sharding and not lora_rank else self.dtype)
         self.ema = self._base = None
         self.samples_averaged = False
         self.passes = 0  # of one latent through the network, a backward pass counting as two
@@ -114,7 +119,10 @@ class Policy:
     @torch.no_grad()
     def embed(self, prompts):
         """The Conditions of B prompts. Each is encoded once, and alone, so that no batch changes its bits."""
-        for prompt in set(prompts) - self._embeddings.keys():
+        new = set(prompts) - self._embeddings.keys()
+        if self._shares_t5:  # all processes encode what any of them needs
+            new = set().union(*gather_object([new]))
+        for prompt in sorted(new):
             encoded = self.family.encode(prompt, self.device)
             self._embeddings[prompt] = {name: value[0].float().cpu() for name, value in encoded.items()}
         rows = [self._embeddings[prompt] for prompt in prompts]
@@ -180,8 +188,10 @@ class Policy:
 
     def keep_base(self):
         """Keeps what `base` gives, before any weight changes: for full finetuning a copy of the denoiser in the
-        policy's precision, while a LoRA can just be left out."""
-        if not self.lora_rank:
+        policy's precision, while a LoRA can just be left out. Of a sharded one, which has no copies, the weights."""
+        if self.sharding and not self.lora_rank:
+            self._base = [p.detach().to(self.dtype or p.dtype, copy=True) for p in self.trainable_parameters()]
+        elif not self.lora_rank:
             self._base = copy.deepcopy(self.denoiser).requires_grad_(False)
 
     def start_ema(self, decay):
@@ -200,6 +210,9 @@ class Policy:
         trained = self.denoiser
         if self.lora_rank:
             trained.disable_adapters()
+        elif self.sharding:
+            own = [p.detach().clone() for p in self.trainable_parameters()]
+            self._set_weights(self._base)
         else:
             self.denoiser = self._base
         try:
@@ -207,7 +220,14 @@ class Policy:
         finally:
             if self.lora_rank:
                 trained.enable_adapters()
+            elif self.sharding:
+                self._set_weights(own)
             self.denoiser = trained
+
+    @torch.no_grad()
+    def _set_weights(self, values):
+        for p, value in zip(self.trainable_parameters(), values, strict=True):
+            p.copy_(value)
 
     def sampling_weights(self):
         """Within it, the trained weights are those that sample: themselves, or their moving average."""
@@ -241,7 +261,9 @@ class Policy:
         return (sample.num_steps + 1, *self.latent_shape(sample.height, sample.width))
 
 
-def load_policy(model, lora_rank, precision, device, lora_targets="to_q,to_k,to_v,to_out.0", lora_seed=0):
+def load_policy(
+    model, lora_rank, precision, device, lora_targets="to_q,to_k,to_v,to_out.0", lora_seed=0, sharding=None
+):
     """Loads a base model and makes it trainable.
 
     Args:
@@ -251,6 +273,7 @@ def load_policy(model, lora_rank, precision, device, lora_targets="to_q,to_k,to_
         precision: fp32, tf32, bf16 or fp16.
         device: where it runs.
         lora_seed: of the LoRA's initial weights.
+        sharding: of `ddpo.sharding.requested`, or None.
     Raises:
         InputError if there is no such model, or `lora_targets` name none of its modules.
     """
@@ -263,12 +286,18 @@ def load_policy(model, lora_rank, precision, device, lora_targets="to_q,to_k,to_
             part.requires_grad_(name == family.denoiser and not lora_rank)
         if isinstance(part, T5EncoderModel) and dtype is not None:  # 19 GB of float32, to encode each prompt once
             part.to(dtype)
-    for network in (denoiser, pipe.vae):  # what convolutions want, on a CPU and in half precision on a GPU
+    # What convolutions want, on a CPU and in half precision on a GPU. FSDP takes no such weights.
+    for network in (pipe.vae,) if sharding else (denoiser, pipe.vae):
         network.to(memory_format=torch.channels_last)
     if lora_rank:
         add_lora(denoiser, lora_rank, lora_targets, lora_seed)
         for p in denoiser.parameters():  # before they are moved: FLUX.1 is 48 GB in float32
             p.data = p.data.to(dtype if dtype and not p.requires_grad else p.dtype)
+    if sharding:
+        trained = [p for p in denoiser.parameters() if p.requires_grad]
+        shard(denoiser, sharding, device, dtype, trained if lora_rank else [])
+        for part in (part for part in pipe.components.values() if isinstance(part, T5EncoderModel)):
+            shard(part, Sharding(()), device, None, [])
     pipe.to(device, silence_dtype_warnings=True)
     use_fewer_kernels(denoiser)
     on_cpu = torch.device(device).type == "cpu"
@@ -284,7 +313,7 @@ def load_policy(model, lora_rank, precision, device, lora_targets="to_q,to_k,to_
     if not on_cpu:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     denoiser.eval()
-    return Policy(pipe, family, device, precision, lora_rank)
+    return Policy(pipe, family, device, precision, lora_rank, sharding)
 
 
 def add_lora(denoiser, rank, targets, seed):
@@ -312,14 +341,18 @@ def _norm_in_float32(norm, x):
 
 def save_weights(policy, folder):
     """Writes the trained weights: FOLDER/lora for `pipe.load_lora_weights`, or FOLDER/unet (FOLDER/transformer, if it
-    is one) for `from_pretrained`."""
+    is one) for `from_pretrained`. A sharded denoiser is gathered: all processes call it then, but only one of them with
+    a folder."""
     with policy.masters.in_network():
         if policy.lora_rank:
             type(policy.pipe).save_lora_weights(
                 os.path.join(folder, "lora"), get_peft_model_state_dict(policy.denoiser), weight_name=LORA_FILE
             )
         else:
-            policy.denoiser.save_pretrained(os.path.join(folder, policy.family.denoiser))
+            sharded = is_sharded(policy.trainable_parameters())
+            whole = gather_network(policy.denoiser) if sharded else policy.denoiser
+            if folder:
+                whole.save_pretrained(os.path.join(folder, policy.family.denoiser))
 
 
 def load_weights(policy, folder):
@@ -338,5 +371,9 @@ def load_weights(policy, folder):
         with policy.masters.in_network():
             set_peft_model_state_dict(policy.denoiser, state)
     else:
+        whole = load_network(class_of(policy.denoiser), path).state_dict()
+        own = policy.denoiser.state_dict()
+        if is_sharded(policy.trainable_parameters()):
+            whole = {name: spread(value, own[name]) for name, value in whole.items()}
         with policy.masters.in_network():
-            policy.denoiser.load_state_dict(load_network(type(policy.denoiser), path).state_dict())
+            policy.denoiser.load_state_dict(whole)

@@ -18,6 +18,7 @@ from ddpo.interrupt import Interrupt
 from ddpo.likelihood import batches_differ
 from ddpo.options import check, record_inputs, record_options
 from ddpo.rewards import reward_models
+from ddpo.sharding import is_sharded, requested
 from ddpo.tracking import Stopwatch, log_metrics, start_tracker
 
 RATIO_WARNING = (
@@ -32,7 +33,7 @@ class Run:
 
     def __init__(self, config, preset, command="accelerate launch train.py"):
         """Checks the options' values and finds the processes, the device and the folder. command: what resumes it."""
-        self.command = command
+        self.command, self.sharding = command, requested(config)
         on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available()
         check(config, PartialState(cpu=on_cpu).num_processes)
         self.config = config
@@ -88,9 +89,10 @@ class Run:
         config, options = self.config, self.config.train
         weights = sum(p.numel() for p in self.policy.trainable_parameters()) / 1e6
         method = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "full finetuning"
+        precision = config.precision + (", sharded" if self.sharding else "")
         self.print(
             f"{self.folder}: {config.reward} on {config.prompts} ({prompt_count} prompts), {config.algorithm}, "
-            f"{method} of {config.model} ({weights:.2f}M weights), {config.precision}\n"
+            f"{method} of {config.model} ({weights:.2f}M weights), {precision}\n"
             f"epochs {self.done} to {config.num_epochs - 1}, each {config.sample.images_per_epoch} images of "
             f"{config.sample.num_steps} steps, {options.updates_per_epoch * options.inner_epochs} updates of "
             f"{samples_per_update} x {trained_steps} transitions"
@@ -159,13 +161,16 @@ class Run:
             if metrics.get("ratio_error", 0) > config.train.clip_range:
                 tqdm.write(RATIO_WARNING.format(metrics["ratio_error"], config.train.clip_range))
         last = self.done == config.num_epochs
+        save = last or self.done % config.save_every == 0
         due = [last or (every and self.done % every == 0) for every in (config.grid_every, config.evaluate.every)]
         looked = False
+        if self.policy.sharding and (save or due[1]):  # a process whose judge fails would else be alone in gathering
+            self._save()
         try:
             self._look(self.done, *due)
             looked = True
         finally:  # a judge that only measures must not cost the epochs since the last checkpoint
-            if not looked or last or self.done % config.save_every == 0:
+            if not looked or save:
                 self._save()
         self.accelerator.wait_for_everyone()
 
@@ -186,20 +191,23 @@ class Run:
     def _save(self):
         """Saves the weights as they are after `done` epochs, unless that is done or there is nothing to save. Returns
         whether there is such a checkpoint."""
-        if self.is_main and self.done and self.saved != self.done:
-            keep = self.config.keep_checkpoints
-            save_checkpoint(self.folder, self.done, self.policy, self.optimizer, self.tracker, keep)
+        gathers = is_sharded(self.policy.trainable_parameters())
+        if (self.is_main or gathers) and self.done and self.saved != self.done:
+            state, keep = (self.policy, self.optimizer, self.tracker), self.config.keep_checkpoints
+            save_checkpoint(self.folder, self.done, *state, keep, writes=self.is_main)
         self.saved = self.done
         return self.done > 0
 
     def _look(self, epoch, grid, measure):
         """Draws and measures pictures of the same prompts and noise as in every epoch."""
         config, measure = self.config, measure and self.evaluate
-        grid = grid and self.is_main
+        grid = grid and (self.is_main or self.policy.sharding)  # whose passes all processes make
         with self.policy.averaged() if grid or measure else contextlib.nullcontext():
             if grid:
                 path = os.path.join(self.folder, "images", f"epoch_{epoch:04d}.png")
-                draw_grid(self.policy, self.prompt_set, config.grid_images, config.sample, config.seed).save(path)
+                picture = draw_grid(self.policy, self.prompt_set, config.grid_images, config.sample, config.seed)
+                if self.is_main:
+                    picture.save(path)
             if measure:
                 measured = self.evaluate()
                 if self.is_main:
@@ -224,11 +232,13 @@ def lock_run(run_dir):
 
 def check_processes_agree(accelerator, parameters, epoch):
     """Raises InputError naming the processes whose weights are not those of process 0 to the bit, or that are at
-    another epoch. Costs one pass over the weights: the sum of each one's bits, read as integers."""
+    another epoch. Costs one pass over the weights: the sum of each one's bits, read as integers. Of sharded ones there
+    is no second copy to compare."""
     if accelerator.num_processes == 1:
         return
-    sums = [int(s) for s in torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in parameters])]
-    states = gather_object([(epoch, sums)])
+    whole = [] if is_sharded(parameters) else parameters
+    sums = [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in whole]
+    states = gather_object([(epoch, torch.stack(sums).tolist() if sums else sums)])
     others = [rank for rank, state in enumerate(states) if state != states[0]]
     if others:
         raise InputError(

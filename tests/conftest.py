@@ -128,9 +128,9 @@ def command_line(*arguments, processes=1, launcher=(), direct=False, script="tra
 _servers = {}  # of tests/forkserver.py, by the library of a simulated GPU, if any
 
 
-def run(command, env=None, file_limit=0):
-    """Runs a command to its end; `python FILE` by tests/forkserver.py, so without the time that imports take.
-    file_limit: bytes that no file may outgrow."""
+def run(command, env=None, file_limit=0, processes=1):
+    """Runs a command to its end; `python FILE` by tests/forkserver.py, so without the time that imports take, and in
+    several processes if so asked. file_limit: bytes that no file may outgrow."""
     env = env or {}
     simulated = {key: value for key, value in env.items() if key == "SIMULATED_CUDA"}
     if not str(command[1]).endswith(".py"):
@@ -146,15 +146,15 @@ def run(command, env=None, file_limit=0):
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "stdout"), Path(folder, "stderr")
         request = {"script": command[1], "arguments": [str(a) for a in command[2:]], "env": env}
-        request |= {"stdout": str(out), "stderr": str(err), "file_limit": file_limit}
+        request |= {"stdout": str(out), "stderr": str(err), "file_limit": file_limit, "processes": processes}
         print(json.dumps(request), file=server.stdin, flush=True)
         code = int(server.stdout.readline())
         return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
 
 
 def launch(*arguments, check=True, env=None, file_limit=0, **options):
-    """Runs `command_line(...)` to its end."""
-    result = run(command_line(*arguments, **options), env, file_limit)
+    """Runs `command_line(...)` to its end. `direct` and in several processes, it does without torchrun."""
+    result = run(command_line(*arguments, **options), env, file_limit, options.get("processes", 1))
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result

@@ -84,6 +84,16 @@ elif SABOTAGE == "scores come late":  # as on a GPU; and the first of two batche
     late.calls = 0
     rewards.RewardQueue.__init__, rewards.RewardQueue.put = start_as_on_a_gpu, put_and_tell
     rewards.REWARDS["sabotaged"] = late
+elif SABOTAGE == "is killed later":  # between the second epoch's two updates; in one process of several
+    rewards.REWARDS["sabotaged"], step, steps = by_prompt, torch.optim.AdamW.step, []
+
+    def step_or_die(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        steps.append(1)
+        if len(steps) == 3 and IS_LAST_RANK:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.optim.AdamW.step = step_or_die
 elif SABOTAGE == "ranks drift apart" and RANK == 1:
     step = torch.optim.AdamW.step
 

@@ -75,7 +75,7 @@ def test_a_flow_of_two_processes_goes_on_in_one(tiny_sd35, tmp_path):
 def test_accelerate_launch_is_refused_what_it_would_not_do(tiny, tmp_path):
     """It starts one process where there is no GPU, and what else it is told would be ignored without a word."""
     several = ("accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2")
-    fsdp = ("accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "1")
+    fsdp = ("accelerate.commands.launch", "--use_fsdp", "--num_processes", "1")
     (tmp_path / "home/accelerate").mkdir(parents=True)
     settings = ("compute_environment: LOCAL_MACHINE", "distributed_type: 'NO'", "mixed_precision: bf16")
     settings += ("use_cpu: true", "num_processes: 1", "num_machines: 1", "debug: false")
@@ -84,8 +84,8 @@ def test_accelerate_launch_is_refused_what_it_would_not_do(tiny, tmp_path):
         (several, {}, "starts only one process without a GPU, whatever --num_processes or its default_config.yaml say"),
         (several[:2], {"HF_HOME": str(tmp_path / "home")}, "launch with --mixed_precision no if accelerate's default_"),
         ((), {"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed precision (bf16) does nothing here"),
-        (fsdp, {}, "FSDP does nothing here: launch without it. Several GPUs split the samples"),
-        ((), {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed does nothing here"),
+        (fsdp, {}, "fsdp_version = 1 is not supported: launch with --fsdp_version 2"),
+        ((), {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed does nothing here: use --use_fsdp --fsdp_version 2"),
         ((), {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "'s parallelism config"),
         ((), {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo backend does nothing here"),
     ):

@@ -16,7 +16,7 @@ from scripts.make_random_model import make_random_model
 ROOT = Path(__file__).parent.parent
 
 
-LONGEST = "processes reliability train inputs evaluation annotate publish sweep policy bench".split()  # of the files
+LONGEST = "processes sharding reliability train inputs evaluation annotate publish sweep policy bench".split()  # files
 
 
 def pytest_collection_modifyitems(items):

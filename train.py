@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import gather_object
 
 from ddpo import cli
-from ddpo.batches import own_samples, plan_updates, trained_steps
+from ddpo.batches import own_samples, plan_updates, samples_together, trained_steps
 from ddpo.errors import InputError, choose
 from ddpo.evaluation import load_evaluation, split_prompts
 from ddpo.hardware import fit_batch_sizes
@@ -55,6 +55,7 @@ def train(config, preset):
     indices = own_samples(config.sample.images_per_epoch, config.train.updates_per_epoch, run.rank, run.processes)
     samples_per_update, kept = indices.shape[1] * run.processes, latents_kept(config, algorithm.process)
     config.sample.batch_size, config.train.batch_size = fit_batch_sizes(policy, config, *indices.shape, kept)
+    together = samples_together(config, algorithm)  # in a minibatch
     rescores = must_rescore(config, algorithm, indices.shape[1])
     if config.compile:
         guided = config.sample.guidance_scale > 1 and config.train.guidance
@@ -73,7 +74,7 @@ def train(config, preset):
             trajectories = sample_with_logprob(
                 policy, prompts, lambda k: draw_noise(noise_shape, config.seed, epoch, indices[k]),
                 config.sample.guidance_scale, policy.noise_level(config.sample), config.sample.batch_size,
-                keep_steps=algorithm.process == "reverse", progress="sampling" if run.is_main else None,
+                keep_steps=algorithm.process != "forward", progress="sampling" if run.is_main else None,
                 stop=lambda: run.stopping(scores.failed()), on_images=scores.put,
             )  # fmt: skip
         if trajectories is None and run.interrupt.stopped:
@@ -130,7 +131,7 @@ def train(config, preset):
                 break  # the policy is far enough from the one that sampled
             if not optimizer.clip():
                 where = f"epoch {epoch}, update {update}"
-                blame_gradient(where, optimizer.parameters, minibatches, loss_of, rollout.describe, 1 + algorithm.pairs)
+                blame_gradient(where, optimizer.parameters, minibatches, loss_of, rollout.describe, together)
             optimizer.step(epoch * len(plan) + update)
             policy.update_ema()
         bar.close()

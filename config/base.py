@@ -27,7 +27,7 @@ def get_config():
     config.precision = "fp32"  # of the network: fp32, tf32, bf16, fp16. Trained weights are float32 in all
     config.compile = False  # (memory) torch.compile: minutes at the start; refused if the gradient is wrong
     # Of ddpo/losses.py. On the denoising steps: ddpo_is, ddpo_mask, ddpo_smooth, ddpo_sf. On the finished picture: rwr,
-    # rwr_sparse, best_of_n, awm, nft, ram, dpo
+    # rwr_sparse, best_of_n, awm, nft, ram, dpo. On generators of one step: drpo
     config.algorithm = "ddpo_is"
     config.advantage = "per_prompt"  # of ddpo/stat_tracking.py: per_prompt, per_group, leave_one_out, whole_epoch
     config.reward = "jpeg_compressibility"  # of ddpo/rewards.py: NAME, NAME:MODEL, or "pickscore + 0.1*hpsv2"
@@ -93,6 +93,8 @@ def get_config():
     train.nft_beta = 1.0  # nft: how far the implicit policies lie from the one that sampled
     train.ram_scale = 1.0  # ram: how far an advantage of 1 moves the target, in the old prediction's errors
     train.dpo_beta = 500.0  # dpo, train_dpo: inverse temperature of an error's excess over the base model's
+    train.reference_weight = 0.2  # drpo: of the force towards the base model's pictures, beside that of the rewards
+    train.drift_model = ""  # drpo: model whose frozen UNet sees the pictures' latents; empty: config.model
     train.advantage_clip = 5.0  # advantages are clipped to +-this
     train.timestep_fraction = 1.0  # share of the T steps that are trained on
     train.timestep_choice = "random"  # which: random, window, first; the former two drawn anew for each update

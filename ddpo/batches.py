@@ -27,7 +27,8 @@ def plan_updates(config, algorithm, epoch, advantages):
         advantages: (N,) of this process's samples.
     """
     options, num_steps, plan = config.train, config.sample.num_steps, []
-    batch_size = max(2, options.batch_size // 2 * 2) if algorithm.pairs else options.batch_size
+    together = samples_together(config, algorithm)
+    batch_size = max(together, options.batch_size // together * together)
     choose_steps = choose("timestep choice", options.timestep_choice, TIMESTEPS)
     for inner_epoch in range(options.inner_epochs):
         for update, samples in enumerate(torch.arange(len(advantages)).chunk(options.updates_per_epoch)):
@@ -50,6 +51,13 @@ def trained_steps(config, process):
     if process == "forward":
         return config.train.draws
     return round(config.train.timestep_fraction * config.sample.num_steps)
+
+
+def samples_together(config, algorithm):
+    """How many samples, one after the other, a minibatch must not part: a pair, or all of a prompt."""
+    if algorithm.process == "one step":
+        return config.sample.images_per_prompt
+    return 2 if algorithm.pairs else 1
 
 
 def minibatches(samples, steps, batch_size):

@@ -9,6 +9,7 @@ too. The UNet sees the picture's latent under a little noise, always the same, w
 (arXiv 2112.03126) found that such features of a diffusion model tell the parts of a picture apart with few labels.
 """
 
+import contextlib
 import functools
 
 import torch
@@ -68,9 +69,14 @@ def load_layers(network, device, precision):
     return functools.partial(in_batches, embed), clip_tensors(clip)
 
 
-@functools.lru_cache(maxsize=1)
-def load_unet(name, device, precision):
-    dtype = choose("reward_options.precision", precision, DTYPES)
+class Enough(Exception):
+    """Ends a forward pass at the middle block."""
+
+
+def load_blocks(name, device, dtype, to_middle=False):
+    """A frozen UNet of a hub name or folder: (function of latents (B, C, h, w) that returns [(B, C', h', w') float32
+    after every block, or `to_middle` alone] and passes gradients on; VAE of the latents; its pictures' (height, width);
+    tensors that the outputs depend on). Raises InputError if the model has no UNet."""
     pipe, family = load_model(name, device)
     if family.denoiser != "unet":
         raise InputError(f"model {name!r} is a {type(pipe).__name__}, which has no UNet: use other features")
@@ -81,23 +87,47 @@ def load_unet(name, device, precision):
     for network, precise in ((pipe.unet, dtype), (pipe.vae, torch.float32)):
         torch.nn.Module.to(network, device, precise, memory_format=torch.channels_last)
     unet, vae = (network.eval().requires_grad_(False) for network in (pipe.unet, pipe.vae))
-    height, width = (side * pipe.vae_scale_factor for side in family.own_size)
     t = round(NOISE * pipe.scheduler.config.num_train_timesteps)
     signal, noise_scale = pipe.scheduler.alphas_cumprod[t].sqrt(), (1 - pipe.scheduler.alphas_cumprod[t]).sqrt()
-    shape = (1, vae.config.latent_channels, *family.own_size)
-    noise = noise_scale * torch.randn(shape, generator=torch_generator("features", 0)).to(device)
     outputs = []
+
+    @functools.cache
+    def noise(shape):
+        return noise_scale * torch.randn(1, *shape, generator=torch_generator("features", 0)).to(device)
+
+    def keep(block, given, output):
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+        if to_middle and block is unet.mid_block:
+            raise Enough
+
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-        block.register_forward_hook(lambda block, given, out: outputs.append(out[0] if isinstance(out, tuple) else out))
+        block.register_forward_hook(keep)
+
+    def blocks(latents):
+        x_t = (signal * latents + noise(latents.shape[1:])).to(dtype)
+        outputs.clear()
+        with contextlib.suppress(Enough):
+            family.call(unet, x_t, torch.full((len(x_t),), t, device=device), empty.expand(len(x_t)).to(dtype), 1.0)
+        found = [output.float() for output in outputs]
+        outputs.clear()
+        return found
+
+    size = tuple(side * pipe.vae_scale_factor for side in family.own_size)
+    own_noise = noise((vae.config.latent_channels, *family.own_size))
+    return blocks, vae, size, [*unet.parameters(), *vae.parameters(), *empty.tensors.values(), own_noise]
+
+
+@functools.lru_cache(maxsize=1)
+def load_unet(name, device, precision):
+    blocks, vae, (height, width), tensors = load_blocks(
+        name, device, choose("reward_options.precision", precision, DTYPES)
+    )
 
     @torch.no_grad()
     def embed(images):
-        x_t = (signal * encode(vae, images, width, height) + noise).to(dtype)
-        outputs.clear()
-        family.call(unet, x_t, torch.full((len(x_t),), t, device=device), empty.expand(len(x_t)).to(dtype), 1.0)
-        return torch.cat([mean_std(output.float().flatten(2), 2) for output in outputs], 1)
+        return torch.cat([mean_std(output.flatten(2), 2) for output in blocks(encode(vae, images, width, height))], 1)
 
-    return functools.partial(in_batches, embed), [*unet.parameters(), *vae.parameters(), *empty.tensors.values(), noise]
+    return functools.partial(in_batches, embed), tensors
 
 
 FEATURES = {"embedding": load_embedding, "layers": load_layers, "unet": load_unet}

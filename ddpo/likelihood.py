@@ -2,7 +2,8 @@
 
 On the reverse process, log p_theta(x_{t-1} | x_t, c) of the denoising steps that were taken is exact. On the forward
 process, log p_theta(x_0 | c) of what came out has only a bound, minus the denoising error: what base models are trained
-by. It needs no more than the finished picture, from whatever sampler, and few passes through the network.
+by. It needs no more than the finished picture, from whatever sampler, and few passes through the network. The pictures
+of a one-step generator have no likelihood, but they are functions of their noise that gradients go through.
 """
 
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ddpo.ddim_logprob import gaussian_kl
+from ddpo.drift import load_drift_features
 from ddpo.pipeline_logprob import predict_noise
 from ddpo.seeds import torch_generator
 
@@ -54,6 +56,26 @@ class Draws(NamedTuple):
         return torch.zeros_like(self.error)
 
 
+class Generated(NamedTuple):
+    """B pictures as a one-step generator draws them, by the weights being trained, from the noise that it was sampled
+    with: in groups, one after the other, of all pictures of a prompt."""
+
+    x_0: torch.Tensor  # (B, C, H, W) float32
+    features: list  # of it, by layer of a frozen network: (B, D) float32 each
+    group: int  # size of a group
+    base: torch.Tensor | None = None  # what the base model draws from the same noise; no gradient
+    base_features: list | None = None  # of that
+
+    @property
+    def kl_base(self):
+        """(B,): the squared distance from the base model's picture."""
+        return mean_square(self.x_0 - self.base)
+
+    def ratio_error(self):
+        """0, as of `Draws`."""
+        return torch.zeros(len(self.x_0), device=self.x_0.device)
+
+
 def mean_square(x):
     """(B, ...) -> (B,)."""
     return (x**2).mean(dim=tuple(range(1, x.ndim)))
@@ -79,12 +101,16 @@ class Rollout:
             group = config.sample.images_per_prompt if algorithm.pairs else 1  # whose draws are the same
             keys = [(config.seed, epoch, i - i % group) for i in indices]
             self.draws = draw_timesteps_and_noise(policy, keys, self.latents.shape[2:], config.train)
+        if algorithm.process == "one step":
+            self.features = load_drift_features(config.train.drift_model or config.model, policy.device, policy.dtype)
 
     def score(self, sample, step):
         """The Transitions, or Draws, of B pairs: `sample` (B,) indexes this rollout's samples, `step` (B,) the T steps
         (or the draws of a sample, inner epoch by inner epoch)."""
         if self.algorithm.process == "forward":
             return self._draws(sample, step)
+        if self.algorithm.process == "one step":
+            return self._generated(sample, step)
         mean, std = self._mean_std(sample, step)
         kl_old, kl_base = gaussian_kl(mean, self.old_means[sample, step], std), None
         if self.config.train.kl_weight:
@@ -116,6 +142,14 @@ class Rollout:
             with torch.no_grad(), self.policy.base():
                 base = self.policy.forward(*given)
         return Draws(output, target, old, base, x_0_scale)
+
+    def _generated(self, sample, step):
+        (x_0, _), base, base_features = self._mean_std(sample, step), None, None
+        if "base" in self.algorithm.needs or self.config.train.kl_weight:
+            with torch.no_grad(), self.policy.base():
+                base, _ = self._mean_std(sample, step)
+                base_features = self.features(base)
+        return Generated(x_0, self.features(x_0), self.config.sample.images_per_prompt, base, base_features)
 
     def _noised(self, sample, step):
         """What the network is given of B draws, (x_t, t, Conditions); its target; and x_0_scale, as in `Draws`."""
@@ -156,7 +190,7 @@ def must_rescore(config, algorithm, share):
     """Whether what the weights that sampled say of each transition, or draw, must be computed before the updates. On
     the reverse process sampling has done so, but the ratio is exactly 1 before any update only if training composes
     its batches alike, and guides if sampling does. On the forward process a single update needs no pass of its own."""
-    if algorithm.process == "forward":
+    if algorithm.process != "reverse":
         updates = config.train.updates_per_epoch * config.train.inner_epochs
         return "old" in algorithm.needs and (config.sample.averaged or updates > 1)
     unguided = config.sample.guidance_scale > 1 and not config.train.guidance
@@ -166,7 +200,7 @@ def must_rescore(config, algorithm, share):
 def latents_kept(config, process):
     """How many latents are kept of a sample: the steps and their means, or x_0 with the noise and old outputs of its
     draws."""
-    if process == "reverse":
+    if process != "forward":
         return 2 * config.sample.num_steps + 1
     return 1 + 2 * config.train.draws * config.train.inner_epochs
 

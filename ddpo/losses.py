@@ -3,7 +3,8 @@
     weigh        what multiplies a sample's loss: its advantage, or a weight made of its reward
     loss         of that and of how likely the sample is under the weights being trained
     process      "reverse": a loss on each denoising step x_t -> x_{t-1} that was taken (likelihood.Transitions), or
-                 "forward": on the final x_0, noised anew (likelihood.Draws)
+                 "forward": on the final x_0, noised anew (likelihood.Draws), or "one step": on x_0 as a function of
+                 the noise, by a generator that takes one step (likelihood.Generated)
     needs        what the terms must hold: "old", of the weights that sampled, "base", of the base model
     skips_zeros  samples of weight 0 are left out, which costs nothing then
     pairs        two samples of a prompt follow one another in every minibatch, noised alike
@@ -11,7 +12,8 @@
 All have the same signatures:
 
     advantages = weigh(rewards, advantages, prompts, config)    (N,), (N,), N strings -> (N,) float64
-    loss, info = loss(terms, advantages, options)               Transitions or Draws, (B,) -> (B,), {name: (B,)}
+    loss, info = loss(terms, advantages, options)               Transitions, Draws or Generated, (B,) -> (B,),
+                                                                {name: (B,)}
 
 N: the samples of an epoch, over all processes; `weigh` gets the advantages of ddpo/stat_tracking.py. B: a minibatch of
 transitions or draws. options: `config.train`. The loss is averaged over an optimizer update; info has no gradient and
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
+from ddpo.drift import drift
 from ddpo.likelihood import mean_square
 
 # ----------------------------------------------------------------------------------------- what multiplies the loss
@@ -75,6 +78,16 @@ def best_and_worst(rewards, advantages, prompts, config):
     """n / 2 for the best image of each prompt's group of n, -n / 2 for the worst, 0 for the others: the mean over all
     of |weight| is 1. 0 for all where the rewards of a group are equal."""
     return (best_weight(rewards, None, None, config) - best_weight(-rewards, None, None, config)) / 2
+
+
+def halves(rewards, advantages, prompts, config):
+    """1 for the better half of the images of each prompt's group, -1 for the worse half, 0 for the middle one of an odd
+    number, and for all where the rewards of a group are equal."""
+    groups = rewards.reshape(-1, config.sample.images_per_prompt)
+    half, order, sign = groups.shape[1] // 2, groups.argsort(1, kind="stable"), np.zeros(groups.shape)
+    np.put_along_axis(sign, order[:, :half], -1.0, 1)
+    np.put_along_axis(sign, order[:, -half:], 1.0, 1)
+    return (sign * (np.ptp(groups, axis=1, keepdims=True) > 0)).ravel()
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
@@ -213,6 +226,31 @@ def dpo(terms, weights, options):
     return weights.abs() * loss.repeat_interleave(2), {}
 
 
+def drpo(terms, sign, options):
+    """DrPO (arXiv 2606.02521), for generators of one step: each picture is moved towards those of its prompt's better
+    half and away from the worse half (sign 1 and -1), by the force of ddpo/drift.py. Less so, towards what the base
+    model draws from the same noises, and away from what the generator draws now.
+
+    loss = sum over layers of |f / unit - sg(f / unit + force)|^2 + reference_weight |f / unit - sg(f / unit + reference
+           force)|^2, each a mean over the D features f of a layer
+
+    Published with 16 or 24 images a prompt. Deviations: theirs adds the pictures as they are, with a weight of 1 to
+    3,000, to those that repel; there a picture's copy among the better or worse ones takes part in the softmax, which
+    here it does not; and its own reference force is not zero at the base model.
+    """
+    group, loss = terms.group, 0
+    sign, itself = sign.view(-1, group), torch.eye(group, dtype=torch.bool, device=sign.device)
+    ones, zeros = torch.ones_like(sign), torch.zeros_like(sign)
+    for f, base in zip(terms.features, terms.base_features):
+        x, base = f.view(-1, group, f.shape[-1]), base.view(-1, group, f.shape[-1])
+        both = torch.cat([x, base], 1).detach()
+        preference = drift(x, x, (sign > 0).float(), (sign < 0).float(), ~itself)
+        reference = drift(x, both, torch.cat([zeros, ones], 1), torch.cat([ones, zeros], 1))
+        for weight, (force, unit) in ((1.0, preference), (options.reference_weight, reference)):
+            loss = loss + weight * mean_square((x / unit - (x / unit + force).detach()).flatten(0, 1))
+    return loss, {"kl_base": terms.kl_base.detach()}
+
+
 def preference_margin(error, base_error, beta):
     """How far Diffusion-DPO's implicit reward, -beta / 2 (error - base error), prefers the first image of each pair to
     the second: (B,) of denoising errors (2, B)."""
@@ -240,5 +278,6 @@ ALGORITHMS = {
     "awm": Algorithm(clipped_advantage, awm, "forward", ("old",)),
     "nft": Algorithm(clipped_advantage, nft, "forward", ("old",)),
     "ram": Algorithm(clipped_advantage, ram, "forward", ("old", "base")),
+    "drpo": Algorithm(halves, drpo, "one step", ("base",)),
     "dpo": Algorithm(best_and_worst, dpo, "forward", ("base",), skips_zeros=True, pairs=True),
 }

@@ -119,6 +119,12 @@ class StableDiffusion:
             self.pipe.scheduler.set_timesteps(num_steps)
         if num_steps > trained or int(self.pipe.scheduler.timesteps.max()) >= trained:  # by an offset
             raise InputError(f"sample.num_steps = {num_steps}: the model has {trained} timesteps, so fewer than those")
+        if num_steps == 1 and int(self.pipe.scheduler.timesteps[0]) < trained - 1:
+            raise InputError(
+                f"sample.num_steps = 1: the scheduler of this model puts its only step at timestep "
+                f"{int(self.pipe.scheduler.timesteps[0])}, where there is little noise, so it draws none of it in one "
+                "step; the scheduler of a model made for one has timestep_spacing trailing"
+            )
 
     def step_mean_std(self, output, timesteps, latents, noise_level, kind):
         """The step from `latents`: a Gaussian of mean (B, C, H, W) and std (B, 1, 1, 1)."""

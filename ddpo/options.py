@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from config.base import get_config
+from ddpo.batches import samples_together
 from ddpo.errors import InputError, choose, one_line
 from ddpo.losses import ALGORITHMS
 
@@ -132,6 +133,7 @@ def check(config, processes=1):
         ("train.inverse_temperature", train.inverse_temperature, math.inf),
         ("train.kl_weight", train.kl_weight, math.inf), ("train.target_kl", train.target_kl, math.inf),
         ("train.anchor_weight", train.anchor_weight, math.inf),
+        ("train.reference_weight", train.reference_weight, math.inf),
         ("train.keep_percentile", train.keep_percentile, 100),
         ("train.prompt_dropout", train.prompt_dropout, 1), ("train.ema_decay", train.ema_decay, 1),
         ("train.adam_weight_decay", train.adam_weight_decay, math.inf),
@@ -159,10 +161,23 @@ def check(config, processes=1):
     ):
         if compares and sample.images_per_prompt == 1:
             raise InputError(f"{name} compares images of one prompt: set sample.images_per_prompt to 2 or more")
-    if sample.averaged and (algorithm.process == "reverse" or not train.ema_decay):
+    if algorithm.process == "one step":
+        if sample.num_steps != 1:
+            raise InputError(
+                f"{config.algorithm} trains generators that take one step, not sample.num_steps = {sample.num_steps}: "
+                "set it to 1, with a model made for that (config/turbo.py)"
+            )
+        if sample.eta:
+            raise InputError(f"sample.eta = {sample.eta} must be 0: {config.algorithm} trains deterministic DDIM steps")
+        if sample.images_per_prompt < 4:
+            raise InputError(
+                f"sample.images_per_prompt = {sample.images_per_prompt}: {config.algorithm} compares the better half "
+                "of a prompt's images with the worse half, so at least 4"
+            )
+    if sample.averaged and (algorithm.process != "forward" or not train.ema_decay):
         why = "there is none: set train.ema_decay, say to 0.9"
-        if algorithm.process == "reverse":
-            why = f"{config.algorithm} compares steps with those of the weights being trained: use False"
+        if algorithm.process != "forward":
+            why = f"{config.algorithm} compares what was sampled with the weights being trained: use False"
         raise InputError(f"sample.averaged = True samples by the moving average of the weights, and {why}")
     for name in ("learning_rate", "clip_range", "kl_range", "advantage_clip", "max_grad_norm", "timestep_fraction",
                  "nft_beta", "ram_scale", "dpo_beta"):  # fmt: skip
@@ -212,7 +227,7 @@ def check(config, processes=1):
     if config.tracker not in ("", "wandb", "tensorboard"):
         raise InputError(f'unknown tracker {config.tracker!r}: "" (none), wandb or tensorboard')
     parts = math.lcm(train.updates_per_epoch * processes, sample.images_per_prompt)
-    if algorithm.pairs:  # a prompt's images are compared, so they belong to one update and one process
+    if samples_together(config, algorithm) > 1:  # compared with one another: they belong to one update and one process
         parts = train.updates_per_epoch * processes * sample.images_per_prompt
     if sample.images_per_epoch % parts:
         below, above = sample.images_per_epoch // parts * parts, (sample.images_per_epoch // parts + 1) * parts

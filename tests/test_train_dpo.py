@@ -252,7 +252,7 @@ def test_the_baseline_finetunes_on_the_chosen(tiny, choices, tmp_path):
 def test_new_choices_are_predicted(choices, tmp_path):
     """The embedded model, trained on a noisy rater's choices: its implicit reward, at first indifferent, orders pairs
     that nobody has seen as the rater's taste does. By chance 28 of 40 would be right in one case of a hundred."""
-    train("--choices", choices, "--config", "config/dpo.py", run_dir=tmp_path / "run", sample__num_steps=1,
+    train("--choices", choices, "--config", "config/dpo.py", run_dir=tmp_path / "run", sample__num_steps=2,
           num_epochs=1, sample__images_per_epoch=192, train__updates_per_epoch=12, train__batch_size=8,
           train__learning_rate=1e-3, lora_rank=16)  # fmt: skip
     rng, votes = np.random.default_rng(1), []

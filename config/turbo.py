@@ -21,7 +21,7 @@ def get_config(variant="emoji"):
     config = emoji(f"{task or 'compressibility'},lora") if name == "emoji" else base()
     config.algorithm = "drpo"
     config.model, config.train.drift_model, config.train.learning_rate = choose_variant(name, {
-        "emoji": ("runs/emoji-turbo", "models/emoji", 3e-4),
+        "emoji": ("runs/emoji-turbo", "models/emoji", 3e-3),
         "sd": ("stabilityai/sd-turbo", "", 1e-4),
         "sdxl": ("stabilityai/sdxl-turbo", "", 1e-5),
     })  # fmt: skip
@@ -31,6 +31,10 @@ def get_config(variant="emoji"):
     config.train.kl_weight = 0.0
     config.train.batch_size = 16
     if name == "emoji":
+        config.num_epochs = 8
+        config.sample.images_per_epoch, config.sample.images_per_prompt = 64, 8
+        config.sample.batch_size = 64
+        config.train.updates_per_epoch, config.train.warmup_updates = 2, 4
         return config
     config.lora_rank = 16
     config.precision = "bf16"

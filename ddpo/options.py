@@ -214,7 +214,8 @@ def check(config, processes=1):
         raise InputError(f"sample.shift = {sample.shift} must be at least 0 (0: the model's own) and finite")
     if not 1 <= sample.guidance_scale < math.inf:
         raise InputError(f"sample.guidance_scale = {sample.guidance_scale} must be at least 1 (no guidance) and finite")
-    if train.timestep_fraction > 1 or not round(train.timestep_fraction * sample.num_steps):
+    too_few = algorithm.process == "reverse" and not round(train.timestep_fraction * sample.num_steps)
+    if train.timestep_fraction > 1 or too_few:
         raise InputError(
             f"train.timestep_fraction = {train.timestep_fraction} of sample.num_steps = {sample.num_steps} must leave "
             f"1 to {sample.num_steps} steps: use {1 / sample.num_steps:.3g} to 1"

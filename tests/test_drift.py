@@ -11,6 +11,7 @@ import torch
 from conftest import launch
 
 from config.base import get_config
+from config.turbo import get_config as turbo
 from ddpo.drift import FLOOR, RADII, drift, pool
 from ddpo.errors import InputError
 from ddpo.likelihood import Generated, Rollout
@@ -257,6 +258,16 @@ def test_what_cannot_work_is_refused(options, message):
     config.sample.update(sample)
     with pytest.raises(InputError, match=message):
         check(config)
+
+
+@pytest.mark.parametrize("variant", ["emoji", "emoji,incompressibility", "sd", "sdxl"])
+def test_the_presets_hold_together(variant):
+    config = turbo(variant)
+    check(config)
+    groups = config.sample.images_per_epoch // config.train.updates_per_epoch // config.sample.images_per_prompt
+    assert groups >= 4 and config.algorithm == "drpo" and config.lora_rank == 16
+    if variant == "sdxl":
+        check(config, processes=8)
 
 
 def test_a_model_of_many_steps_is_refused(tiny, tmp_path):

@@ -35,7 +35,6 @@ from diffusers import DiffusionPipeline
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from ddpo import hardware  # noqa: E402
 from ddpo.checkpoint import list_checkpoints  # noqa: E402
 from ddpo.errors import DRAWINGS, InputError, at_least, check_folder, check_output, run_script, seed  # noqa: E402
 from ddpo.options import read_options  # noqa: E402
@@ -141,7 +140,6 @@ def execute(command, log):
     with open(log, "a") as f:
         for stream in (1, 2):
             os.dup2(f.fileno(), stream)
-    hardware.GPU_SPARE = 0.0  # the jobs share the GPU: if each tried to keep room, there would seem to be none
     function, *arguments = command
     function(*arguments)
 

@@ -63,7 +63,9 @@ def main():
     axes.set_xlabel(x_key.replace("_", " "))
     axes.set_ylabel({"jpeg_kb": "JPEG size (kB)"}.get(args.key, args.key))
     if len(axes.lines) > 4:  # they would be written over
-        figure.legend(loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+        columns = 1 if max(map(len, groups)) > 25 else 2
+        figure.set_figheight(3.2 + 0.15 * len(groups) / columns)
+        figure.legend(loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
     else:
         axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -42,7 +42,7 @@ MISTAKES = {
     ),
     "an average that took no steps": (
         {"sample__averaged": True, "train__ema_decay": 0.9},
-        ["sample.averaged = True", "ddpo_is compares steps"],
+        ["sample.averaged = True", "ddpo_is compares what was sampled"],
     ),
     "an average of nothing": ({"train__ema_decay": 1.5}, ["train.ema_decay = 1.5", "at most 1"]),
     "no such model folder": ({"model": "./models/emojy"}, ["'./models/emojy'", "no such folder"]),

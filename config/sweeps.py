@@ -88,7 +88,8 @@ def fig5():
 
 def fig7():
     """Compressibility with a third of the animals held out: the preset, which fig6 draws too, and what it prevents."""
-    options = {"held_out": 1 / 3, "grid_every": 4, "evaluate.rewards": "clipscore:models/emoji/clip"}
+    clip = "models/emoji/clip"
+    options = {"held_out": 1 / 3, "grid_every": 4, "evaluate.clip": clip, "evaluate.rewards": f"clipscore:{clip}"}
     preset = {**RUN, "config": "config/emoji.py:compressibility,full", **options, "train.learning_rate": (1e-4,)}
     careless = {**preset, "train.learning_rate": (3e-4,), "train.kl_weight": 0.0}
     return {"compressibility-preset": preset, "compressibility-careless": careless}

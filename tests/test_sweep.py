@@ -1,15 +1,20 @@
 """A sweep that was stopped, and the figure of its results."""
 
+import json
 import signal
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, SMALL, launch
 from PIL import Image
 from test_train import metrics
 
-from config.sweeps import tuning_jobs
+from config.sweeps import PICTURED, SWEEPS, seed_jobs, tuning_jobs
+from ddpo import prompts
 from ddpo.errors import InputError
+from ddpo.images import image_grid
+from ddpo.options import flatten, load_preset
 from scripts import figures, sweep
 from scripts.results import add_pictures, gain_while_named, read_pictures, read_results
 
@@ -87,6 +92,48 @@ def test_figures_are_drawn_from_what_is_committed(name, tmp_path, monkeypatch, c
     assert "* seed 2: " in out or name in ("frontier", "fig4")
     committed = Image.open(ROOT / f"results/figures/{name}.png")
     assert Image.open(tmp_path / f"{name}.png").size == committed.size and committed.size[0] > 900
+
+
+def leave_results(name, folder):
+    """Writes what a sweep would leave, by the options of its jobs: made-up numbers, as each run would log them."""
+    rng, curves = np.random.default_rng(0), SWEEPS[name]()
+    best = {curve: options["train.learning_rate"][0] for curve, options in curves.items()}
+    with open(folder / f"{name}.jsonl", "w") as f:
+        for job, given in (tuning_jobs(curves) | seed_jobs(curves, best)).items():
+            options = flatten(load_preset(given["config"])) | given
+            epochs, every = options["num_epochs"], options["evaluate.every"]
+            kinds = ("seen", "held_out") if options["held_out"] else ("seen",)
+            measures = ["reward_mean", "classifier_accuracy", *filter(None, options["evaluate.rewards"].split(","))]
+            measures += ["diversity"] * bool(options["evaluate.clip"])
+            names = [prompt for prompt, _ in prompts.get_prompts(options["prompts"])][: options["evaluate.limit"]]
+
+            def measured(names=names, measures=measures):
+                return dict.fromkeys(measures, rng.random()) | {"by_prompt": dict(zip(names, rng.random(len(names))))}
+
+            logged = ("reward_mean", "network_passes", "reward_queries", "cpu_seconds", "peak_memory_gb")
+            line = {
+                "run": job, "seconds": 1.0, "weights_mb": 1.0, "options": options,
+                "metrics": {key: rng.random(epochs).tolist() for key in logged},
+                "evaluations": [
+                    {"epoch": epoch} | {f"{kind}, {how}": measured() for kind in kinds for how in
+                                        ("stochastic", "deterministic")} for epoch in range(0, epochs + 1, every)
+                ],
+            }  # fmt: skip
+            f.write(json.dumps(line) + "\n")
+    if name in PICTURED:
+        for curve, options in curves.items():
+            epochs = range(0, options["num_epochs"] + 1, options["grid_every"] or options["num_epochs"])
+            grid = image_grid([Image.new("RGB", (16, 16))] * options["grid_images"], ["a cat"] * options["grid_images"])
+            add_pictures(str(folder / f"{name}.png"), curve, dict.fromkeys(epochs, grid))
+
+
+@pytest.mark.parametrize("name", [name for name in figures.FIGURES if name != "frontier"])
+def test_each_figure_can_be_drawn_once_its_sweep_has_run(name, tmp_path, monkeypatch, capsys):
+    _, *sweeps = figures.FIGURES[name]
+    for needed in sweeps:
+        leave_results(needed, tmp_path)
+    command(monkeypatch, capsys, figures.main, name, "--results", tmp_path, "--output", tmp_path / "figures")
+    assert Image.open(tmp_path / f"figures/{name}.png").size[0] > 900
 
 
 def test_pictures_come_back_as_they_were_added(tmp_path):

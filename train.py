@@ -42,8 +42,9 @@ def train(config, preset):
     algorithm = choose("algorithm", config.algorithm, ALGORITHMS)
     normalise = choose("advantage", config.advantage, ADVANTAGES)
 
-    base = config.model, config.lora_rank, config.precision, run.device, config.lora_targets, config.seed
-    policy = load_policy(*base, run.sharding)
+    policy = load_policy(
+        config.model, config.lora_rank, config.precision, run.device, config.lora_targets, config.seed, run.sharding
+    )
     check_length([prompt for prompt, _ in prompt_set], policy.pipe.tokenizer)
     policy.prepare_sampling(config.sample)
     evaluate = load_evaluation(config, policy, reward, prompt_set, held_out)  # on fixed prompts and noise

@@ -63,8 +63,8 @@ class Generated(NamedTuple):
     x_0: torch.Tensor  # (B, C, H, W) float32
     features: list  # of it, by layer of a frozen network: (B, D) float32 each
     group: int  # size of a group
-    base: torch.Tensor | None = None  # what the base model draws from the same noise; no gradient
-    base_features: list | None = None  # of that
+    base: torch.Tensor  # what the base model draws from the same noise; no gradient
+    base_features: list  # of that
 
     @property
     def kl_base(self):
@@ -105,8 +105,8 @@ class Rollout:
             self.features = load_drift_features(config.train.drift_model or config.model, policy.device, policy.dtype)
 
     def score(self, sample, step):
-        """The Transitions, or Draws, of B pairs: `sample` (B,) indexes this rollout's samples, `step` (B,) the T steps
-        (or the draws of a sample, inner epoch by inner epoch)."""
+        """The Transitions, Draws or Generated of B pairs: `sample` (B,) indexes this rollout's samples, `step` (B,) the
+        T steps (or the draws of a sample, inner epoch by inner epoch)."""
         if self.algorithm.process == "forward":
             return self._draws(sample, step)
         if self.algorithm.process == "one step":
@@ -144,11 +144,10 @@ class Rollout:
         return Draws(output, target, old, base, x_0_scale)
 
     def _generated(self, sample, step):
-        (x_0, _), base, base_features = self._mean_std(sample, step), None, None
-        if "base" in self.algorithm.needs or self.config.train.kl_weight:
-            with torch.no_grad(), self.policy.base():
-                base, _ = self._mean_std(sample, step)
-                base_features = self.features(base)
+        x_0, _ = self._mean_std(sample, step)
+        with torch.no_grad(), self.policy.base():
+            base, _ = self._mean_std(sample, step)
+            base_features = self.features(base)
         return Generated(x_0, self.features(x_0), self.config.sample.images_per_prompt, base, base_features)
 
     def _noised(self, sample, step):

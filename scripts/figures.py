@@ -238,7 +238,7 @@ def draw_fig7(jobs):
                 colour = "C0" if curve == "preset" else "C3"
                 plot_band(axes, its[0].queries_evaluated(), values, label, color=colour, linestyle=style)
         axes.set(title=title, xlabel="reward queries")
-    above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     for part, (curve, its) in zip(below.subfigures(1, len(curves)), curves.items()):
         part.suptitle(LABELS[curve], fontsize=8)
         draw_over_training(part.subplots(1, 4), its[0], range(min(3, its[0].options["grid_images"])))

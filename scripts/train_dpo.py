@@ -180,8 +180,9 @@ def train(config, preset):
         raise InputError(f"{config.choices}: there are no choices")
     votes, held_out = hold_out(votes, config.held_out_choices, config.seed)
 
-    base = config.model, config.lora_rank, config.precision, run.device, config.lora_targets, config.seed
-    policy = load_policy(*base, run.sharding)
+    policy = load_policy(
+        config.model, config.lora_rank, config.precision, run.device, config.lora_targets, config.seed, run.sharding
+    )
     texts = sorted({vote["prompt"] for vote in votes + held_out})
     check_length(texts, policy.pipe.tokenizer)
     policy.prepare_sampling(config.sample)

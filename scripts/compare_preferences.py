@@ -9,6 +9,8 @@
     sft          supervised finetuning on the chosen pictures, the baseline
     reward_ddpo  a reward model (scripts.train_reward), and DDPO on it
     dpo_ddpo     some epochs of DPO, its LoRA merged into the base model, then DDPO with the reward model
+    dpo_rounds   DPO in three rounds: each shows the rater new pictures, of the model as it is by then, for a third of
+                 the choices, and goes on with all choices so far
 
 A rater is scripts.simulate_rater with a seed of its own, which is that of all training, too; fewer choices are the
 first of more. Everything lands in --folder: pairs, votes, reward models, runs, logs. A run that is done becomes a line
@@ -43,9 +45,12 @@ from scripts.results import add_result, read_metrics, read_results  # noqa: E402
 
 LABELS = {
     "dpo": "DPO", "sft": "finetuning on the chosen", "reward_ddpo": "reward model, DDPO",
-    "dpo_ddpo": "DPO, then DDPO",
+    "dpo_ddpo": "DPO, then DDPO", "dpo_rounds": "DPO in three rounds",
 }  # fmt: skip
-EPOCHS = {"dpo": (4, 8, 16), "sft": (8, 16), "reward_ddpo": (4, 8), "dpo_ddpo": (4, 8)}  # after which it is measured
+EPOCHS = {  # after which it is measured
+    "dpo": (4, 8, 12), "sft": (8, 16), "reward_ddpo": (4, 8), "dpo_ddpo": (4, 8), "dpo_rounds": (4, 8, 12),
+}  # fmt: skip
+ROUNDS = 3
 EPOCH = 8  # of DPO before DDPO follows, and of all in the figure
 PRELOAD = ["train", "scripts.simulate_rater", "scripts.train_dpo", "scripts.train_reward"]
 
@@ -77,14 +82,25 @@ def run_step(method, count, rater, args):
     folder, case = args.folder, f"{count}-rater{rater}"
     run, reward, merged = f"{folder}/{method}-{case}", f"{folder}/reward-{case}", f"{folder}/merged-{case}"
     epochs, commands, needs = args.epochs or EPOCHS[method], [], [f"votes-{case}"]
-    options = [f"--config.seed={rater}", "--config.threads=1", f"--config.num_epochs={epochs[-1]}"]
+    options = [f"--config.seed={rater}", "--config.threads=1"]
     options += [f"--config.save_every={np.gcd.reduce(epochs)}", "--config.keep_checkpoints=0", "--config.grid_every=0"]
     if torch.cuda.is_available():  # all pictures of an epoch at once, and all transitions, or pairs, of an update
         options += ["--config.sample.batch_size=128", "--config.train.batch_size=80"]
     options += [f"--config.{pair}" for pair in args.options]
     if method in ("dpo", "sft"):
         votes = ["--choices", f"{folder}/pairs/choices-{case}.jsonl", "--loss", method]
-        commands.append((train, "scripts.train_dpo", run, [*votes, *options]))
+        commands.append((train, "scripts.train_dpo", run, epochs[-1], [*votes, *options]))
+    elif method == "dpo_rounds":
+        needs, files = [], []
+        for k in range(ROUNDS):
+            pairs = f"{folder}/pairs-{method}-{case}-{k}"
+            source = ["--run", run] if k else ["--config", "config/emoji.py"]
+            draw = [*source, "--pairs", count // ROUNDS, "--draw_only", "--output", pairs, "--seed", k]
+            files.append(f"{pairs}/choices.jsonl")
+            choose = ["choose", "--pairs", pairs, "--count", count // ROUNDS, "--seed", 100 * k + rater]
+            commands += [(module, "scripts.annotate", draw), (vote, files[-1], choose)]
+            until = epochs[-1] * (k + 1) // ROUNDS
+            commands.append((train, "scripts.train_dpo", run, until, ["--choices", *files, *options]))
     else:
         options = ["--config", "config/emoji.py:aesthetic", f"--config.reward=learned:{reward}", *options]
         needs.append(f"reward-{case}")
@@ -92,7 +108,7 @@ def run_step(method, count, rater, args):
             needs.append(f"dpo-{case}")
             commands.append((merge, f"{folder}/dpo-{case}", f"epoch_{EPOCH:04d}", merged))
             options.append(f"--config.model={merged}")
-        commands.append((train, "train", run, options))
+        commands.append((train, "train", run, epochs[-1], options))
     for epoch in epochs:
         name = f"epoch_{epoch:04d}"
         look = ["measure", "--run", run, "--checkpoint", name, "--count", args.pictures]
@@ -117,12 +133,13 @@ def vote(path, arguments):
         module("scripts.simulate_rater", arguments)
 
 
-def train(name, run, options):
-    """Trains a run, or resumes it, unless that is done."""
+def train(name, run, epochs, options):
+    """Trains a run until it has done so many epochs, or resumes it."""
     resume = os.path.exists(f"{run}/config.json")
-    if resume and any(c.endswith(f"epoch_{read_options(run)['num_epochs']:04d}") for c in list_checkpoints(run)):
+    if resume and any(checkpoint.endswith(f"epoch_{epochs:04d}") for checkpoint in list_checkpoints(run)):
         return
-    module(name, [*options, f"--config.{'resume' if resume else 'run_dir'}={run}"])
+    where = f"--config.{'resume' if resume else 'run_dir'}={run}"
+    module(name, [*options, f"--config.num_epochs={epochs}", where])
 
 
 def merge(run, checkpoint, folder):

@@ -353,6 +353,10 @@ def make_flow(args, latents, tokens, scale, tokenizer):
     if os.path.exists(weights):
         network.load_state_dict(torch.load(weights, map_location=args.device, weights_only=True)["network"])
         return network.eval().requires_grad_(False)
+    if args.flow_from:
+        for module, folder in zip(network, ("transformer", "text_encoder", "text_encoder_2"), strict=True):
+            trained = type(module).from_pretrained(args.flow_from, subfolder=folder, dtype=torch.float32)
+            module.load_state_dict(trained.state_dict())
     empty = tokenize(tokenizer, [""], FLOW_TOKENS).to(args.device)
 
     def loss_fn(rng, generator):
@@ -569,6 +573,7 @@ def main():
     parser.add_argument("--unet_steps", type=at_least(1), default=5_000)
     parser.add_argument("--unet_batch", type=at_least(1), default=64)
     parser.add_argument("--clip_steps", type=at_least(1), default=1200)
+    parser.add_argument("--flow_from", help="a flow model to train further, in place of new weights")
     parser.add_argument("--flow_steps", type=at_least(1), default=10_000)
     parser.add_argument("--flow_minutes", type=at_least(0, float), default=0, help="train so long instead")
     parser.add_argument("--flow_batch", type=at_least(1), default=512)

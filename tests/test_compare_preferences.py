@@ -40,6 +40,23 @@ def test_a_time_limit_stops_what_runs(tmp_path):
     assert not list((tmp_path / "done").iterdir())
 
 
+def test_each_round_learns_from_all_choices_so_far(tmp_path):
+    """The first on pictures of the base model, the next on those of the run as it is by then; the same run goes on."""
+    args = Namespace(folder=tmp_path, epochs=[6], options=[], pictures=4)
+    step = compare_preferences.run_step("dpo_rounds", 300, 2, args)
+    assert step.needs == ()
+    draws = [c[-1] for c in step.commands if "scripts.annotate" in c]
+    assert [draw[draw.index("--pairs") + 1] for draw in draws] == [100] * 3
+    assert ["--config" in draw for draw in draws] == [True, False, False]
+    assert [draw[draw.index("--run") + 1] for draw in draws[1:]] == [step.run] * 2
+    votes = [c[1] for c in step.commands if c[0] is compare_preferences.vote]
+    trained = [c for c in step.commands if c[0] is compare_preferences.train]
+    assert [c[2:4] for c in trained] == [(step.run, 2), (step.run, 4), (step.run, 6)]
+    assert [c[4][1 : k + 2] for k, c in enumerate(trained)] == [votes[:1], votes[:2], votes[:3]]
+    order = [c[0].__name__ if c[0] is not compare_preferences.module else c[1] for c in step.commands]
+    assert order == ["scripts.annotate", "vote", "train"] * 3 + ["scripts.simulate_rater"]
+
+
 def test_a_merged_model_predicts_what_the_policy_does(tiny, tmp_path):
     policy = load_policy(tiny, 4, "fp32", "cpu")
     generator, t = torch.Generator().manual_seed(0), torch.tensor([9, 700])

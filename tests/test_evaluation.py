@@ -161,7 +161,7 @@ def test_evaluation_changes_nothing_and_held_out_prompts_are_not_trained_on(tiny
 def test_a_resumed_run_in_two_processes_evaluates_the_same(tiny, clip, tmp_path, evaluated):
     """An epoch by two processes, which share the pictures; a line that a kill cut short; the rest by one."""
     run = tmp_path / "run"
-    launch(model=tiny, run_dir=run, num_epochs=1, processes=2, evaluate__clip=clip, **EVERY)
+    launch(model=tiny, run_dir=run, num_epochs=1, processes=2, direct=True, evaluate__clip=clip, **EVERY)
     with open(run / "evaluation.jsonl", "a") as f:
         f.write(json.dumps({"epoch": 2}) + "\n" + '{"epoch": 3, "se')
     launch(model=tiny, resume=run, direct=True, evaluate__clip=clip, **EVERY)

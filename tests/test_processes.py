@@ -43,14 +43,14 @@ def alone(tiny, tmp_path_factory):
 
 def test_four_processes_equal_one(tiny, tmp_path, alone):
     run = tmp_path / "run"
-    launch(model=tiny, run_dir=run, processes=4, **BY_PROMPT)
+    launch(model=tiny, run_dir=run, processes=4, direct=True, **BY_PROMPT)
     assert_same_run(run, alone)
 
 
 def test_one_process_saves_and_two_resume(tiny, tmp_path, alone):
     run = tmp_path / "run"
     launch(model=tiny, run_dir=run, num_epochs=1, direct=True, **BY_PROMPT)
-    launch(model=tiny, resume=run, processes=2, **BY_PROMPT)
+    launch(model=tiny, resume=run, processes=2, **BY_PROMPT)  # by torchrun; other tests spare its imports
     assert_same_run(run, alone)
 
 
@@ -58,7 +58,7 @@ def test_two_processes_save_and_one_resumes(tiny, tmp_path):
     """With RWR-sparse, of which a few samples count, perhaps none of a process's own, and an average of the weights."""
     options = {**BY_PROMPT, "algorithm": "rwr_sparse", "train__keep_percentile": 80, "train__ema_decay": 0.5}
     launch(model=tiny, run_dir=tmp_path / "one", direct=True, **options)
-    launch(model=tiny, run_dir=tmp_path / "two", num_epochs=1, processes=2, **options)
+    launch(model=tiny, run_dir=tmp_path / "two", num_epochs=1, processes=2, direct=True, **options)
     launch(model=tiny, resume=tmp_path / "two", direct=True, **options)
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
@@ -67,7 +67,7 @@ def test_a_flow_of_two_processes_goes_on_in_one(tiny_sd35, tmp_path):
     """With guidance and a KL to the base model."""
     options = {**BY_PROMPT, "model": tiny_sd35, "sample__guidance_scale": 3.0, "train__kl_weight": 0.1}
     launch(run_dir=tmp_path / "one", direct=True, **options)
-    launch(run_dir=tmp_path / "two", num_epochs=1, processes=2, **options)
+    launch(run_dir=tmp_path / "two", num_epochs=1, processes=2, direct=True, **options)
     launch(resume=tmp_path / "two", direct=True, **options)
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
@@ -98,7 +98,7 @@ def test_accelerate_launch_is_refused_what_it_would_not_do(tiny, tmp_path):
 
 def test_processes_that_drift_apart_are_named(tiny, tmp_path):
     result = launch(
-        model=tiny, run_dir=tmp_path / "run", script="tests/saboteur.py", processes=2,
+        model=tiny, run_dir=tmp_path / "run", script="tests/saboteur.py", processes=2, direct=True,
         env={"SABOTAGE": "ranks drift apart"}, check=False,
     )  # fmt: skip
     assert result.returncode != 0
@@ -146,7 +146,7 @@ def test_two_machines_equal_one(tiny, tmp_path, alone, two_machines):
 def test_a_gradient_that_is_not_finite_is_found_in_another_process(tiny, tmp_path):
     """Process 0, whose gradients are fine, must not name a transition of its own."""
     result = launch(
-        model=tiny, run_dir=tmp_path / "run", algorithm="not_finite", check=False, processes=2,
+        model=tiny, run_dir=tmp_path / "run", algorithm="not_finite", check=False, processes=2, direct=True,
         script="tests/saboteur.py", env={"SABOTAGE": "the gradient is not finite"},
     )  # fmt: skip
     assert result.returncode != 0

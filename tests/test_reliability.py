@@ -259,7 +259,13 @@ def test_a_reward_that_fails_later_costs_no_epoch(tiny, tmp_path):
 
 
 def test_a_reward_that_fails_in_one_of_two_processes(tiny, tmp_path):
-    options = {"model": tiny, "reward": "sabotaged", "script": "tests/saboteur.py", "sample__batch_size": 2}
+    options = {
+        "model": tiny,
+        "reward": "sabotaged",
+        "script": "tests/saboteur.py",
+        "sample__batch_size": 2,
+        "direct": True,
+    }
     result = launch(run_dir=tmp_path, env={"SABOTAGE": "fails later on rank 1"}, check=False, processes=2, **options)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert (

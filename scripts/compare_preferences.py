@@ -20,13 +20,8 @@ from its last checkpoint when the same command is given again.
 
 import argparse
 import json
-import multiprocessing
 import os
-import runpy
-import signal
-import sys
-import time
-from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -37,9 +32,9 @@ from diffusers import DiffusionPipeline
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from ddpo.checkpoint import list_checkpoints  # noqa: E402
 from ddpo.errors import DRAWINGS, InputError, at_least, check_folder, check_output, run_script, seed  # noqa: E402
 from ddpo.options import read_options  # noqa: E402
+from scripts.jobs import Step, end, module, run_steps, train  # noqa: E402
 from scripts.provenance import commit, processor  # noqa: E402
 from scripts.results import add_result, read_metrics, read_results  # noqa: E402
 
@@ -52,11 +47,6 @@ EPOCHS = {  # after which it is measured
 }  # fmt: skip
 ROUNDS = 3
 EPOCH = 8  # of DPO before DDPO follows, and of all in the figure
-PRELOAD = ["train", "scripts.simulate_rater", "scripts.train_dpo", "scripts.train_reward"]
-
-# Something to make, after others: `commands` are (function, *arguments), one after the other, each in a process of its
-# own; `run` is the folder of the run that it trains, if it does.
-Step = namedtuple("Step", "name needs commands run", defaults=((), (), ""))
 
 
 # ----------------------------------------------------------------------------------------------------------- the steps
@@ -120,26 +110,10 @@ def run_step(method, count, rater, args):
 
 
 # -------------------------------------------------------------------------------------------------------- the commands
-def module(name, arguments):
-    """`python -m NAME ARGUMENTS`, in this process."""
-    sys.argv = [name, *map(str, arguments)]
-    print("python -m", *sys.argv, flush=True)
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
-
-
 def vote(path, arguments):
     """The simulated rater's, who refuses to write over votes."""
     if not os.path.exists(path):
         module("scripts.simulate_rater", arguments)
-
-
-def train(name, run, epochs, options):
-    """Trains a run until it has done so many epochs, or resumes it."""
-    resume = os.path.exists(f"{run}/config.json")
-    if resume and any(checkpoint.endswith(f"epoch_{epochs:04d}") for checkpoint in list_checkpoints(run)):
-        return
-    where = f"--config.{'resume' if resume else 'run_dir'}={run}"
-    module(name, [*options, f"--config.num_epochs={epochs}", where])
 
 
 def merge(run, checkpoint, folder):
@@ -151,83 +125,11 @@ def merge(run, checkpoint, folder):
     pipe.save_pretrained(folder)
 
 
-def execute(command, log):
-    """Runs a command in this new process, with its output at the end of a file."""
-    os.setsid()  # Ctrl-C reaches the script alone, which passes it on
-    with open(log, "a") as f:
-        for stream in (1, 2):
-            os.dup2(f.fileno(), stream)
-    function, *arguments = command
-    function(*arguments)
-
-
-# ------------------------------------------------------------------------------------------------------ running them
-def needed(steps, names, done):
-    """The names, and those of all steps that these need, in the order of the steps, but for those `done`."""
-    found, new = set(), set(names) - done
-    while new:
-        found |= new
-        new = {need for name in new for need in steps[name].needs} - found - done
-    return [name for name in steps if name in found]
-
-
-def run_steps(steps, names, args, collect):
-    """Makes the named steps and what they need, args.jobs at a time; those marked in FOLDER/done are made already.
-    collect(step): called when a step is done. Returns (names of failed steps, names of those that were not made)."""
-    marks, logs = Path(args.folder, "done"), Path(args.folder, "logs")
-    for path in (marks, logs):
-        path.mkdir(parents=True, exist_ok=True)
-    done = {name for name in steps if (marks / name).exists()}
-    waiting, running, failed = needed(steps, names, done), {}, []
-    context = multiprocessing.get_context(args.start)
-    if args.start == "forkserver":  # imports once what all import, which takes longer than a short run on a GPU
-        context.set_forkserver_preload(PRELOAD)
-    end, begun, total = time.time() + 60 * args.minutes, time.time(), len(waiting)
-    print(f"{total} steps to make", flush=True)
-    try:
-        while waiting or running:
-            ready = [name for name in waiting if done.issuperset(steps[name].needs)]
-            while ready and len(running) < args.jobs:
-                name = ready.pop(0)
-                waiting.remove(name)
-                running[name] = [None, list(steps[name].commands), time.time()]
-            if not running:
-                break  # what is waiting needs a step that failed
-            for name, (process, commands, since) in list(running.items()):
-                if process is not None and process.exitcode is None:
-                    continue
-                if process is not None and process.exitcode:
-                    del running[name]
-                    failed.append(name)
-                    print(f"{name} failed: see {logs / name}.txt", flush=True)
-                elif commands:
-                    process = context.Process(target=execute, args=(commands.pop(0), f"{logs / name}.txt"))
-                    process.start()
-                    running[name][0] = process
-                else:
-                    del running[name]
-                    collect(steps[name])
-                    (marks / name).write_text(f"{time.time() - since:.1f}\n")
-                    done.add(name)
-                    made, took = total - len(waiting) - len(running) - len(failed), time.time() - since
-                    print(f"{time.time() - begun:5.0f} s  [{made}/{total}] {name}: {took:.0f} s", flush=True)
-            if args.minutes and time.time() > end:
-                raise KeyboardInterrupt
-            time.sleep(0.05)
-    except BaseException as error:
-        print("stopping: what is being trained finishes its epoch and saves", flush=True)
-        processes = [process for process, *_ in running.values() if process is not None and process.exitcode is None]
-        for process in processes:
-            os.kill(process.pid, signal.SIGINT)
-        for process in processes:
-            process.join()
-        if not isinstance(error, KeyboardInterrupt):
-            raise
-    return failed, waiting + list(running)
-
-
-def collect_run(step, args, machine):
-    """Adds a finished run to the results."""
+def collect_step(step, seconds, args, machine):
+    """Marks a finished step, and if it is a run adds it to the results."""
+    marks = Path(args.folder, "done")
+    marks.mkdir(exist_ok=True)
+    (marks / step.name).write_text(f"{seconds:.1f}\n")
     if not step.run:
         return
     method, count, rater = step.name.split("-")
@@ -341,7 +243,6 @@ def main():
     parser.add_argument("--folder", default="runs/preferences", help="where everything is made")
     parser.add_argument("--results", default="results/preferences/methods.jsonl")
     parser.add_argument("--figure", default="results/preferences/methods.png")
-    parser.add_argument("--start", default="forkserver", choices=("forkserver", "spawn"), help=argparse.SUPPRESS)
     parser.add_argument("--prepare", action="store_true", help="only pairs, votes and reward models")
     parser.add_argument("--draw", action="store_true", help="only the table and the figure, of --results")
     args = parser.parse_args()
@@ -350,23 +251,19 @@ def main():
     failed = left = []
     if not args.draw:
         check_folder(args.folder)
-        os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to have asked for a GPU must not break it in a fork
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         steps, finished = plan(args), read_results(args.results)
         wanted = [name for name, step in steps.items() if name.split("-")[0] in args.methods and name not in finished]
         names = [name for name, step in steps.items() if not step.run] if args.prepare else wanted
         machine = {"commit": commit(), "hardware": processor(), "jobs": args.jobs}
-        failed, left = run_steps(steps, names, args, lambda step: collect_run(step, args, machine))
+        collect = partial(collect_step, args=args, machine=machine)
+        done = {name for name in steps if Path(args.folder, "done", name).exists()} - set(wanted)
+        failed, left = run_steps(steps, names, f"{args.folder}/logs", args.jobs, collect, args.minutes, done)
     if read_results(args.results):
         lines = read_runs(args.results)
         print(table(lines))
         draw(lines, args.figure)
         print(f"wrote {args.figure}")
-    if failed:
-        raise InputError(f"{len(failed)} step(s) failed: {', '.join(failed)}")
-    if left:
-        print(f"{len(left)} steps left: the same command goes on with them")
+    end(failed, left)
 
 
 if __name__ == "__main__":

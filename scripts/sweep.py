@@ -13,11 +13,6 @@ import argparse
 import glob
 import os
 import shlex
-import signal
-import subprocess
-import sys
-import time
-from datetime import timedelta
 
 import torch
 from PIL import Image
@@ -27,6 +22,7 @@ from config.sweeps import JUDGED, PICTURED, SEEDS, SWEEPS, job_of, seed_jobs, tu
 from ddpo.checkpoint import list_checkpoints
 from ddpo.errors import InputError, at_least, check_folder, choose, run_script
 from ddpo.options import NO_EFFECT, flatten, load_preset, read_options
+from scripts.jobs import Step, end, run_steps, train
 from scripts.provenance import commit, processor
 from scripts.results import (
     add_pictures,
@@ -38,11 +34,10 @@ from scripts.results import (
 )  # fmt: skip
 
 
-def train_command(options, threads):
-    """The command line of a job, without where it runs."""
-    options = {**options, "threads": threads}
-    arguments = [f"--config.{key}={value}" for key, value in options.items() if key != "config"]
-    return ["train.py", "--config", options["config"], *arguments]
+def train_options(options, threads):
+    """The command line of a job, after train.py and without the number of epochs and where it runs."""
+    given = {key: value for key, value in options.items() if key not in ("config", "num_epochs")} | {"threads": threads}
+    return ["--config", options["config"], *(f"--config.{key}={value}" for key, value in given.items())]
 
 
 def check_options(where, made, options):
@@ -52,22 +47,6 @@ def check_options(where, made, options):
     for key in sorted(wanted.keys() - {"config"}):
         if str(made[key]) != str(wanted[key]) and (key in options or key not in NO_EFFECT):
             raise InputError(f"{where} was made with other options ({key} {made[key]}, now {wanted[key]}): remove it")
-
-
-def start(run_dir, options, threads):
-    """Starts a job, or resumes it; returns its process, or None if there is nothing left to do."""
-    command, where = train_command(options, threads), f"--config.run_dir={run_dir}"
-    if os.path.exists(os.path.join(run_dir, "config.json")):
-        made = read_options(run_dir)
-        check_options(run_dir, made, options)
-        epochs = made["num_epochs"]
-        if any(folder.endswith(f"epoch_{epochs:04d}") for folder in list_checkpoints(run_dir)):
-            return None
-        where = f"--config.resume={run_dir}"
-    os.makedirs(run_dir, exist_ok=True)
-    with open(os.path.join(run_dir, "log.txt"), "a") as log:
-        # A session of its own: Ctrl-C reaches this script alone, which passes it on.
-        return subprocess.Popen([sys.executable, *command, where], stdout=log, stderr=log, start_new_session=True)
 
 
 def collect(run_dir, results, sweep, job, facts):
@@ -110,57 +89,29 @@ def best_rates(sweep, curves, results):
 
 
 def run_jobs(jobs, args):
-    """Runs {name: options}, args.jobs at a time, without those that are done. Returns the names of failed ones."""
-    path, runs = (
-        os.path.join(args.results, f"{args.name}.jsonl"),
-        {j: os.path.join(args.runs, args.name, j) for j in jobs},
-    )
-    results, defaults, waiting = read_results(path), flatten(get_config()), []
+    """Runs {name: options}, args.jobs at a time, without those that are done. Returns what `jobs.run_steps` does."""
+    path, runs = os.path.join(args.results, f"{args.name}.jsonl"), os.path.join(args.runs, args.name)
+    results, defaults, steps = read_results(path), flatten(get_config()), {}
     for job, options in jobs.items():
+        run, command = os.path.join(runs, job), train_options(options, args.threads)
+        steps[job] = Step(job, (), [(train, "train", run, options["num_epochs"], command)], run)
         if job in results:
             check_options(f"{path}: {job}", defaults | results[job]["options"], options)
-        else:
-            waiting.append(job)
-    done, failed, running, seconds = len(jobs) - len(waiting), [], {}, []
-    print(f"{args.name}: {len(jobs)} jobs, {done} of them done", flush=True)
+        elif os.path.exists(os.path.join(run, "config.json")):
+            check_options(run, read_options(run), options)
     cores = "" if torch.cuda.is_available() else f", {os.cpu_count()} cores"
     machine = {"commit": commit("train.py", "ddpo", "config"), "hardware": processor() + cores, "threads": args.threads}
-    try:
-        while waiting or running:
-            while waiting and len(running) < args.jobs:
-                job = waiting.pop(0)
-                running[job] = start(runs[job], jobs[job], args.threads), time.time()
-            time.sleep(0.2)
-            for job, (process, since) in list(running.items()):
-                if process is not None and process.poll() is None:
-                    continue
-                del running[job]
-                if process is not None and process.returncode:
-                    failed.append(job)
-                    print(f"{job} failed: see {os.path.join(runs[job], 'log.txt')}", flush=True)
-                    continue
-                command = "python " + shlex.join(train_command(jobs[job], args.threads))
-                line = collect(runs[job], args.results, args.name, job, {"command": command, **machine})
-                metrics = line["metrics"]
-                done += 1
-                seconds.append(time.time() - since)
-                left = sum(seconds) / len(seconds) * (len(waiting) + len(running)) / args.jobs
-                print(
-                    f"[{done}/{len(jobs)}] {job}: {seconds[-1]:.0f} s, reward {metrics['reward_mean'][0]:.3f} to "
-                    f"{metrics['reward_mean'][-1]:.3f}; about {timedelta(seconds=round(left))} left",
-                    flush=True,
-                )
-    except BaseException as error:  # Ctrl-C, or a job that cannot be started or collected
-        processes = [process for process, _ in running.values() if process is not None]
-        for process in processes:
-            process.send_signal(signal.SIGINT)
-        print("stopping: the jobs finish their epoch and save", flush=True)
-        for process in processes:
-            process.wait()
-        if isinstance(error, KeyboardInterrupt):
-            sys.exit(130)
-        raise
-    return failed
+
+    def collect_job(step, seconds):
+        _, _, _, epochs, options = step.commands[0]
+        command = "python " + shlex.join(["train.py", *options, f"--config.num_epochs={epochs}"])
+        line = collect(step.run, args.results, args.name, step.name, {"command": command, **machine})
+        rewards = line["metrics"]["reward_mean"]
+        return f"reward {rewards[0]:.3f} to {rewards[-1]:.3f}"
+
+    waiting = [job for job in jobs if job not in results]
+    print(f"{args.name}: {len(jobs)} jobs, {len(jobs) - len(waiting)} of them done", flush=True)
+    return run_steps(steps, waiting, os.path.join(runs, "logs"), args.jobs, collect_job, args.minutes)
 
 
 def main():
@@ -168,6 +119,7 @@ def main():
     parser.add_argument("name", help=f"one of: {', '.join(SWEEPS)}")
     parser.add_argument("--jobs", type=at_least(1), default=1, help="how many run at a time")
     parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads of each")
+    parser.add_argument("--minutes", type=at_least(0, float), default=0.0, help="stop after so many; 0: never")
     parser.add_argument("--results", default="results/sweeps")
     parser.add_argument("--runs", default="runs/sweeps")
     args = parser.parse_args()
@@ -175,13 +127,13 @@ def main():
     curves = choose("sweep", args.name, SWEEPS)()
     for folder in (args.results, args.runs):
         check_folder(folder)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    failed = run_jobs(tuning_jobs(curves), args)
-    best = best_rates(args.name, curves, read_results(os.path.join(args.results, f"{args.name}.jsonl")))
-    print("learning rates: " + ", ".join(f"{curve} {rate:g}" for curve, rate in best.items()), flush=True)
-    failed += run_jobs(seed_jobs(curves, best), args)
-    if failed:
-        raise InputError(f"{len(failed)} job(s) failed: {', '.join(failed)}")
+    failed, left = run_jobs(tuning_jobs(curves), args)
+    if not left:
+        best = best_rates(args.name, curves, read_results(os.path.join(args.results, f"{args.name}.jsonl")))
+        print("learning rates: " + ", ".join(f"{curve} {rate:g}" for curve, rate in best.items()), flush=True)
+        others, left = run_jobs(seed_jobs(curves, best), args)
+        failed += others
+    end(failed, left)
 
 
 if __name__ == "__main__":

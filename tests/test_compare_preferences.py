@@ -1,9 +1,7 @@
 """The comparison of the ways from choices to a model: its steps, its merged models, its table."""
 
 import json
-import os
 import sys
-import time
 from argparse import Namespace
 
 import pytest
@@ -11,33 +9,8 @@ import torch
 from test_policy import disturb
 
 from ddpo.policy import load_policy, save_weights
-from scripts import compare_preferences
-from scripts.compare_preferences import Step, merge, run_steps
-
-
-def test_steps_run_in_order_and_once(tmp_path):
-    """What needs a step that failed is left, the rest is made, and only what is left is tried again."""
-    made, seen = tmp_path / "made", []
-    steps = [
-        Step("last", ("first",), [(os.mkdir, made / "a"), (os.mkdir, made / "a/b")]),
-        Step("first", (), [(os.mkdir, made)]),
-        Step("broken", ("first",), [(os.rmdir, tmp_path / "nothing")]),
-        Step("stranded", ("broken",), [(os.mkdir, made / "c")]),
-        Step("unasked", (), [(os.mkdir, tmp_path / "d")]),
-    ]
-    steps, args = {step.name: step for step in steps}, Namespace(folder=tmp_path, jobs=2, minutes=0, start="fork")
-    for expected in (["first", "last"], []):
-        seen.clear()
-        failed, left = run_steps(steps, ["last", "stranded"], args, lambda step: seen.append(step.name))
-        assert (failed, left, seen) == (["broken"], ["stranded"], expected)
-    assert (made / "a/b").is_dir() and not (made / "c").exists() and not (tmp_path / "d").exists()
-
-
-def test_a_time_limit_stops_what_runs(tmp_path):
-    steps = {name: Step(name, (), [(time.sleep, 60)]) for name in "ab"}
-    args = Namespace(folder=tmp_path, jobs=1, minutes=0.005, start="fork")
-    assert run_steps(steps, ["a", "b"], args, None) == ([], ["b", "a"])  # "a" began, and would last a minute
-    assert not list((tmp_path / "done").iterdir())
+from scripts import compare_preferences, jobs
+from scripts.compare_preferences import merge
 
 
 def test_each_round_learns_from_all_choices_so_far(tmp_path):
@@ -50,10 +23,10 @@ def test_each_round_learns_from_all_choices_so_far(tmp_path):
     assert ["--config" in draw for draw in draws] == [True, False, False]
     assert [draw[draw.index("--run") + 1] for draw in draws[1:]] == [step.run] * 2
     votes = [c[1] for c in step.commands if c[0] is compare_preferences.vote]
-    trained = [c for c in step.commands if c[0] is compare_preferences.train]
+    trained = [c for c in step.commands if c[0] is jobs.train]
     assert [c[2:4] for c in trained] == [(step.run, 2), (step.run, 4), (step.run, 6)]
     assert [c[4][1 : k + 2] for k, c in enumerate(trained)] == [votes[:1], votes[:2], votes[:3]]
-    order = [c[0].__name__ if c[0] is not compare_preferences.module else c[1] for c in step.commands]
+    order = [c[0].__name__ if c[0] is not jobs.module else c[1] for c in step.commands]
     assert order == ["scripts.annotate", "vote", "train"] * 3 + ["scripts.simulate_rater"]
 
 

@@ -1,7 +1,6 @@
 """A sweep that was stopped, and the figure of its results."""
 
 import json
-import signal
 import sys
 
 import numpy as np
@@ -30,12 +29,11 @@ def test_a_stopped_sweep_goes_on_and_its_results_are_drawn(tiny, tmp_path, monke
     resumes the one, collects both, runs the better rate on the other seed, and has nothing left to do when it is
     started again."""
     options = {**SMALL, "model": tiny, "save_every": 1, "config": "config/emoji.py"}
-    options |= {"evaluate.every": 2, "evaluate.limit": 2, "evaluate.count": 1, "evaluate.clip": ""}
+    options |= {"evaluate.every": 1, "evaluate.limit": 2, "evaluate.count": 1, "evaluate.clip": ""}
     curves = {"task-ddpo_is": {**options, "train.learning_rate": (1e-3, 3e-3)}}
     monkeypatch.setattr(sweep, "SWEEPS", {"fig4": lambda: curves})
     monkeypatch.setattr(figures, "SWEEPS", {"fig4": lambda: curves})
     monkeypatch.setattr("config.sweeps.SEEDS", (0, 1))
-    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)  # pytest keeps its own
     runs, results = tmp_path / "runs", tmp_path / "results"
     jobs = tuning_jobs(curves)
     for job, epochs in zip(jobs, (2, 1), strict=True):
@@ -65,13 +63,10 @@ def test_a_stopped_sweep_goes_on_and_its_results_are_drawn(tiny, tmp_path, monke
     grids = {int(path.stem[-4:]): Image.open(path).convert("RGB") for path in images.glob("epoch_*.png")}
     assert {0, 2} <= grids.keys()
     assert read_pictures(results / "fig4.png") == {"task-ddpo_is": grids}
-    begin = sweep.start
-    monkeypatch.setattr(sweep, "start", None)  # nothing may be started
-    assert command(*arguments).count("jobs, 2 of them done") == 1
+    assert command(*arguments).count("0 steps to make") == 2
 
     other = {"task-ddpo_is": {**curves["task-ddpo_is"], "sample.num_steps": 2}}
     monkeypatch.setattr(sweep, "SWEEPS", {"fig4": lambda: other})
-    monkeypatch.setattr(sweep, "start", begin)
     for folder, where in ((results, results), (tmp_path / "none", runs)):
         with pytest.raises(InputError, match=f"{where}.*lr0.001-seed0 was made with other .*num_steps 3, now 2"):
             command(monkeypatch, capsys, sweep.main, "fig4", "--runs", runs, "--results", folder)
@@ -158,40 +153,3 @@ def test_the_gain_at_a_share_of_animals_is_interpolated():
     assert gain == pytest.approx(0.15) and fell
     gain, fell = gain_while_named(evaluations([1.0, 0.99], [-2.0, -1.9]))
     assert gain == pytest.approx(0.1) and not fell
-
-
-def test_a_sweep_that_is_stopped_tells_its_jobs_and_waits_for_them(tmp_path, monkeypatch):
-    heard = []
-
-    class Job:
-        def poll(self):
-            return None
-
-        def send_signal(self, number):
-            heard.append(number)
-
-        def wait(self):
-            heard.append("waited")
-
-    def sleep(seconds):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sweep, "SWEEPS", {"fig4": lambda: {"a": {"train.learning_rate": (1e-4, 1e-3, 1e-2)}}})
-    monkeypatch.setattr(sweep, "start", lambda *arguments: Job())
-    monkeypatch.setattr(sweep.time, "sleep", sleep)
-    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)  # pytest keeps its own
-    monkeypatch.setattr(sys, "argv", ["sweep", "fig4", "--jobs", "2", "--results", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        sweep.main()
-    assert heard == [signal.SIGINT, signal.SIGINT, "waited", "waited"]
-
-    def start(run_dir, options, threads):  # the second job's folder is another job's
-        if len(heard) == 5:
-            raise InputError("made with other options")
-        heard.append("started")
-        return Job()
-
-    monkeypatch.setattr(sweep, "start", start)
-    with pytest.raises(InputError, match="other options"):
-        sweep.main()
-    assert heard[4:] == ["started", signal.SIGINT, "waited"]

@@ -1,6 +1,6 @@
 """Aesthetic quality at the paper's scale: Stable Diffusion 1.4 learns to please the LAION aesthetic predictor.
 
-    accelerate launch train.py --config config/aesthetic.py            (LoRA, the port's settings)
+    accelerate launch train.py --config config/aesthetic.py            (LoRA, ddpo-pytorch's settings)
     accelerate launch train.py --config config/aesthetic.py:full       (the paper's settings)
     accelerate launch train.py --config config/aesthetic.py:one_gpu    (LoRA in short epochs: trl's post)
     accelerate launch train.py --config config/aesthetic.py:fast       (LoRA by DiffusionNFT)

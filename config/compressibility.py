@@ -1,6 +1,6 @@
 """Compressibility at the paper's scale: Stable Diffusion 1.4 learns to make small JPEG files.
 
-    accelerate launch train.py --config config/compressibility.py            (LoRA, the port's settings)
+    accelerate launch train.py --config config/compressibility.py            (LoRA, ddpo-pytorch's settings)
     accelerate launch train.py --config config/compressibility.py:full       (the paper's settings)
     accelerate launch train.py --config config/compressibility.py:one_gpu    (LoRA in short epochs: trl's post)
     accelerate launch train.py --config config/compressibility.py:fast       (LoRA by DiffusionNFT, see below)
@@ -8,14 +8,14 @@
 Prompts: the 398 ImageNet animals. 256 images an epoch in 4 updates; 100 epochs (LoRA) or 200 (full; 51,200 reward
 queries). `one_gpu`: 24 images an epoch in 8 updates, 200 epochs.
 
-At 0.64 samples per prompt and epoch, the paper's buffer of 32 rewards spans 50 epochs: most of an advantage is then how
-far the policy has come. `:full` keeps that, to reproduce; `lora` forgets rewards after 10 epochs, which leaves nearly
-all samples normalised by their whole epoch.
+At 0.64 samples per prompt and epoch, the paper's buffer of 32 rewards spans 50 epochs, so an advantage mostly says how
+much the policy has improved since. `:full` keeps that, to reproduce the paper; `lora` forgets rewards after 10 epochs,
+so nearly all samples are normalised by their whole epoch.
 
 An epoch of `lora` and `:full` is 256 x 50 steps x 2 (guidance) = 25,600 forward passes to sample and 25,600 more with
-their backward passes to train; one of `one_gpu` 2,400 and 2,400. `:fast` is what needed fewest on the embedded model
-(results/bench): a loss on the finished picture, one update an epoch, 10,240 and 2,048. Not yet run on the real weights;
-steps of a network of the true size, with random weights, have been timed on an H100: docs/speed.md.
+their backward passes to train; one of `one_gpu` takes 2,400 and 2,400. `:fast` is what needed the fewest on the
+embedded model (results/bench), a loss on the finished image with one update per epoch: 10,240 and 2,048. Not yet run on
+the real weights; steps of a network of the true size, with random weights, have been timed on an H100: docs/speed.md.
 """
 
 from config.base import choose_variant
@@ -36,7 +36,7 @@ def get_config(variant="lora"):
 
 
 def lora(config):
-    """The port's: fp16 there; bf16 here, whose range needs no loss scaling."""
+    """ddpo-pytorch's, which uses fp16; here bf16, whose range needs no loss scaling."""
     config.lora_rank = 4
     config.precision = "bf16"
     config.num_epochs = 100
@@ -67,7 +67,7 @@ def one_gpu(config):
     config.stats.buffer_size = 32
     config.stats.max_age = 0  # with so few images per prompt and epoch, ten epochs would never gather min_count
     config.sample.images_per_epoch = 24
-    config.sample.batch_size = 3  # 6 in the post; but unlike the training's, old log-probs would be computed again
+    config.sample.batch_size = 3  # trl's post: 6, but then old log-probs would be computed again before training
     config.train.updates_per_epoch = 8
     config.train.batch_size = 3
     return config

@@ -6,11 +6,11 @@
     accelerate launch train.py --config config/emoji.py:aesthetic                  (a reward learned from choices)
     accelerate launch train.py --config config/emoji.py:alignment                  (the embedded CLIP)
 
-128 images of 10 steps an epoch, sampled and trained with guidance 3, on the noisier half of the steps, which is faster.
-What keeps the animals is guidance, a small KL penalty, small steps and a warm-up. One update an epoch does as well as
-eight, or better: every ratio is 1 then, and there is nothing to clip. Alignment does without guidance, with which the
-base model already draws what the prompt says. How it was found: results/working_point/README.md; what came of it on
-seeds that chose nothing: results/emoji/README.md.
+128 images of 10 steps per epoch, sampled and trained with a guidance scale of 3. Training on the noisier half of the
+steps is faster. Guidance, a small KL penalty, small updates and a warm-up keep the animals recognisable. One
+update per epoch does as well as eight, or better: every ratio is then 1, and there is nothing to clip. Alignment uses
+5 steps without guidance, since with guidance the base model already draws what the prompt says. How the settings were
+found: results/working_point/README.md. Results on seeds not used for that: results/emoji/README.md.
 """
 
 from config.base import choose_variant
@@ -23,7 +23,7 @@ TASKS = {  # name -> reward, prompts, epochs, and the method used
     "alignment": ("clipscore:models/emoji/clip", "animal_activities", 16, "lora"),
 }
 
-ONE_UPDATE = {  # task, method -> learning rate and KL weight of one update an epoch; the others make eight
+ONE_UPDATE = {  # task, method -> learning rate and KL weight with one update per epoch; the others make eight
     ("compressibility", "full"): (1e-4, 0.01),
     ("compressibility", "lora"): (2e-3, 0.02),
     ("incompressibility", "full"): (1e-4, 0.02),
@@ -46,7 +46,7 @@ def get_config(variant="compressibility"):
     config.sample.batch_size = 16
     config.sample.num_steps = 10
     config.sample.guidance_scale = 3.0
-    config.stats.shrinkage = 3.0  # variance of JPEG sizes within a prompt over that between prompts
+    config.stats.shrinkage = 3.0  # variance of JPEG sizes within a prompt / variance between prompts
     config.train.batch_size = 16  # so transitions are trained in the batch they were sampled in
     config.train.clip_range = 2e-3  # 2 nats of a step's log-ratio in 1,024 dimensions; Stable Diffusion: 1e-4
     config.train.timestep_choice = "first"  # the noisier half of the steps: faster, see docs/algorithms.md

@@ -6,17 +6,18 @@
     accelerate launch train.py --config config/emoji_flow.py:aesthetic             (a reward learned from choices)
     accelerate launch train.py --config config/emoji_flow.py:alignment             (the embedded CLIP)
 
-The tasks, epochs and images of config/emoji.py, so that the two can be compared. What differs is what a flow asks for:
-Flow-GRPO's noise level 0.7; a shift of 3 towards noise, as Stable Diffusion 3's own, without which the last step would
-be next to none; and a smaller learning rate with a larger KL weight. Those two were tried on one task and one seed
-(results/working_point/README.md); LoRA's rate is ten times that of full finetuning, and has not been tried.
+The tasks, epochs and images of config/emoji.py, so that the two can be compared. What a flow model needs differs:
+Flow-GRPO's noise level of 0.7; a shift of 3 towards noise, as in Stable Diffusion 3, without which the last step would
+be tiny; and a smaller learning rate with a larger KL weight, which were tried on one task and one seed
+(results/working_point/README.md). LoRA's rate is ten times that of full finetuning, and has not been tried. All tasks
+make one update per epoch.
 """
 
 from config.emoji import get_config as emoji
 
 
 def get_config(variant="compressibility"):
-    """variant: as config/emoji.py takes it."""
+    """variant: as for config/emoji.py."""
     config = emoji(variant)
     config.model = "models/emoji-flow"
     config.sample.step_kind = "sde"

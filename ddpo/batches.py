@@ -71,17 +71,17 @@ def minibatches(samples, steps, batch_size):
 
 
 # Which `count` of the T steps an update trains on: rule(generator, T, count) -> their indices, rising; 0 is the
-# noisiest. Deviation from the port: steps are drawn per update, not per sample.
+# noisiest. Deviation from ddpo-pytorch: steps are drawn per update, not per sample.
 
 
 def random_steps(generator, num_steps, count):
-    """Any, drawn anew for each update."""
+    """Any, drawn again for each update."""
     return np.sort(generator.choice(num_steps, count, replace=False))
 
 
 def window_of_steps(generator, num_steps, count):
-    """Consecutive steps from a random start, drawn anew for each update (after MixGRPO, arXiv 2507.21802, whose window
-    slides, and which samples deterministically outside of it)."""
+    """Consecutive steps from a random start, drawn again for each update (after MixGRPO, arXiv 2507.21802, whose
+    window slides, and which samples deterministically outside of it)."""
     return generator.integers(num_steps - count + 1) + np.arange(count)
 
 

@@ -86,8 +86,8 @@ def check_output(path, endings=()):
         raise InputError(f"{path!r} cannot be written: its permissions forbid it")
 
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # what Pillow writes
-DRAWINGS = (".png", ".svg", ".pdf", ".jpg")  # what matplotlib writes
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # endings of files that Pillow reads and writes
+DRAWINGS = (".png", ".svg", ".pdf", ".jpg")  # endings of files that matplotlib writes
 
 
 def run_script(main):

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from ddpo import prompts
 from ddpo.checkpoint import list_checkpoints
-from ddpo.errors import InputError, at_least, run_script, seed
+from ddpo.errors import PICTURES, InputError, at_least, run_script, seed
 from ddpo.options import load_preset
 from ddpo.pipeline_logprob import draw_noise, sample_with_logprob
 from ddpo.policy import load_policy, load_weights
@@ -49,7 +49,6 @@ from ddpo.seeds import numpy_generator
 from scripts.sample import open_run
 
 PAGE = Path(__file__).parent / "annotate.html"
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 LATER = 20  # new pairs between the first time a pair is asked and the second: too many to remember
 
 
@@ -93,12 +92,12 @@ def pair_up(folder, output, pairs, count, seed=0):
     if not os.path.isdir(folder):
         raise InputError(f"--images {folder}: there is no such folder")
     captions = {}
-    for path in sorted(p for p in Path(folder).resolve().iterdir() if p.suffix.lower() in IMAGES):
+    for path in sorted(p for p in Path(folder).resolve().iterdir() if p.suffix.lower() in PICTURES):
         text = path.with_suffix(".txt")
         caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.exists() else ""
         captions.setdefault(caption, []).append(str(path))
     if not any(len(paths) > 1 for paths in captions.values()):
-        raise InputError(f"--images {folder}: it has no two pictures ({', '.join(IMAGES)}) with the same caption")
+        raise InputError(f"--images {folder}: it has no two pictures ({', '.join(PICTURES)}) with the same caption")
     pairs, first, before = list(pairs), len(pairs), -1
     rng, seen = random.Random(f"{seed}/{first}"), {tuple(sorted(pair["images"])) for pair in pairs}
     used = Counter(name for pair in pairs for name in pair["images"])
@@ -112,7 +111,7 @@ def pair_up(folder, output, pairs, count, seed=0):
                 if tuple(sorted((a, b))) not in seen:
                     seen.add(tuple(sorted((a, b))))
                     added.append((caption, [a, b]))
-        rng.shuffle(added)  # else whoever stops early has judged the first captions alone
+        rng.shuffle(added)  # otherwise whoever stops early has judged only the first captions
         pairs += [{"pair": before + i, "prompt": text, "images": images} for i, (text, images) in enumerate(added)]
     for pair in pairs[first:count]:
         append_line(output / "pairs.jsonl", pair)
@@ -137,8 +136,8 @@ def read_pairs(path):
 
 # -------------------------------------------------------------------------------------------------------- the choices
 def shown(pair, rater, repeat=False):
-    """(left, right) picture of a pair for this rater: the sides are drawn, lest a habit of the hand be learned. The
-    second time they are swapped."""
+    """(left, right) picture of a pair for this rater: the sides are drawn, so that a habit of choosing one side
+    is not learned. The second time they are swapped."""
     swap = hashlib.sha256(f"{rater}/{pair['pair']}".encode()).digest()[0] % 2 != repeat
     return pair["images"][::-1] if swap else list(pair["images"])
 

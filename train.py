@@ -3,15 +3,15 @@
     accelerate launch train.py --config config/emoji.py
 
 A diffusion model draws by denoising: from pure noise x_T, every step samples x_{t-1} from a Gaussian whose mean the
-network predicts. DDPO takes this for a Markov decision process. The state is (c, t, x_t) with c the prompt, the action
-x_{t-1}, the policy p_theta(x_{t-1} | x_t, c), and the reward r(x_0, c) comes with the finished picture. Each action's
+network predicts. DDPO treats this as a Markov decision process. The state is (c, t, x_t) with c the prompt, the action
+x_{t-1}, the policy p_theta(x_{t-1} | x_t, c), and the reward r(x_0, c) comes with the finished image. Each action's
 likelihood is known exactly, so the policy gradient applies. With A the advantage of a picture (its reward, compared
 with that of others) and p_old the policy that sampled it, DDPO-IS minimises the mean over all transitions of
 
     max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),    rho = p_theta(x_{t-1} | x_t, c) / p_old(x_{t-1} | x_t, c)
 
-Sample i of epoch e, its prompt and all its noise, is a function of (seed, e, i). So neither batch sizes nor the number
-of processes nor a resume change what is computed. Deviations from the paper are named where they are made.
+Sample i of epoch e, its prompt and all its noise, is a function of (seed, e, i). So neither batch sizes nor the
+number of processes nor resuming changes what is computed. Deviations from the paper are named where they are made.
 """
 
 import numpy as np
@@ -82,7 +82,7 @@ def train(config, preset):
             scores.cancel()
             break  # no weight has changed since the last epoch, which `run.finish` saves
 
-        # 2. Reward: of each picture, computed while the next ones were sampled.
+        # 2. Reward: of each picture; on a GPU computed while the next ones were sampled.
         rewards, reward_info = run.collect(scores)
         if not trajectories.latents.isfinite().all():
             raise InputError(

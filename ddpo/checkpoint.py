@@ -116,8 +116,8 @@ def load_checkpoint(run_dir, policy, optimizer, tracker):
 
 
 def truncate_metrics(run_dir, epoch):
-    """Drops what a run that resumes after `epoch` epochs writes again: the lines of metrics.jsonl from `epoch` on,
-    those of evaluation.jsonl beyond it (each is made after so many epochs), and lines cut short."""
+    """Drops what a run that resumes after `epoch` epochs will write again: the lines of metrics.jsonl from `epoch` on,
+    the lines of evaluation.jsonl after it (which count the epochs done), and incomplete lines."""
     for name, first_dropped in (("metrics", epoch), ("evaluation", epoch and epoch + 1)):
         path = os.path.join(run_dir, f"{name}.jsonl")
         if os.path.exists(path):

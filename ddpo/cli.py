@@ -109,7 +109,7 @@ def _given(argv):
 
 
 def _take_options_of(run_dir, config):
-    """A resumed run keeps the options in its config.json, but for those given on the command line."""
+    """A resumed run keeps the options in its config.json, except those given on the command line."""
     path, given = os.path.join(run_dir, "config.json"), _given(sys.argv)
     try:
         with open(path) as f:

@@ -1,7 +1,7 @@
 """CLIP-like models as judges: loading, and unit embeddings of pictures and prompts.
 
-Preprocessing is always the model's own processor on uint8 pictures. A reward that rescales or normalises by itself sees
-something else than the model was trained on, and nothing fails.
+Preprocessing is always the model's own processor on uint8 pictures. A reward that rescales or normalises pictures in
+its own way gives the model other inputs than it was trained on, and no error says so.
 """
 
 import functools
@@ -31,7 +31,7 @@ def not_found(name, error):
 
 def complete(loaded, files_lack="its files lack"):
     """The model of what `from_pretrained(..., output_loading_info=True)` returned. Raises ValueError if its files lack
-    weights, which would else be random numbers."""
+    weights, which would otherwise be random numbers."""
     model, info = loaded
     missing = sorted(key for key in info["missing_keys"] if ".pooler." not in f".{key}")  # nothing here reads a pooler
     if missing:

@@ -56,7 +56,7 @@ def ddim_step_mean_std(scheduler, model_output, timestep, sample, eta):
         noise = (sample - alpha.sqrt() * x_0) / (1 - alpha).sqrt()
     else:
         raise NotImplementedError(f"prediction type {config.prediction_type!r}: epsilon, v_prediction or sample")
-    if config.clip_sample:  # as diffusers does it: x_0 is clipped, the noise estimate is not derived anew
+    if config.clip_sample:  # as diffusers does it: x_0 is clipped, the noise estimate is not recomputed
         x_0 = x_0.clamp(-config.clip_sample_range, config.clip_sample_range)
 
     variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)

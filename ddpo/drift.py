@@ -1,9 +1,9 @@
 """The force field of DrPO (arXiv 2606.02521): where each of a prompt's pictures should move to, in the features of a
 frozen network, so that it comes to look more like the better half and less like the worse half.
 
-A one-step generator is a function x_0 = G(noise, prompt) without a likelihood, so that no policy gradient can tell it
-what to do more often. But its gradient is at hand: each picture can be moved, together with all that share its
-weights. With f_i the features of picture i and y_j those that attract it (j in P) or repel it (j in M),
+A one-step generator is a function x_0 = G(noise, prompt) without a likelihood, so it has no policy gradient. But it can
+be differentiated: each picture can be moved, and with it all others that the same weights generate. With f_i the
+features of picture i and y_j those that attract it (j in P) or repel it (j in M),
 
     a_ij    = sqrt(softmax over j * softmax over i of -|f_i - y_j| / (radius scale))     0 for a picture and itself
     force_i = sum_P a_ij (y_j - f_i) * sum_M a_ik  -  sum_M a_ij (y_j - f_i) * sum_P a_ik
@@ -34,7 +34,7 @@ def load_drift_features(model, device, dtype):
 
 
 def pool(x):
-    """(B, C, h, w) -> (B, D)."""
+    """(B, C, h, w) -> (B, D): of each channel the mean, the standard deviation, and the means over the grid's cells."""
     mean = x.mean((2, 3))
     std = ((x - mean[:, :, None, None]).square().mean((2, 3)) + 1e-6).sqrt()  # whose gradient at 0 is 0, not infinite
     cells = torch.nn.functional.adaptive_avg_pool2d(x, (min(GRID, x.shape[2]), min(GRID, x.shape[3])))

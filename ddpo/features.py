@@ -130,4 +130,5 @@ def load_unet(name, device, precision):
     return functools.partial(in_batches, embed), tensors
 
 
+# kind -> load(network, device, precision), which returns what `load_features` does.
 FEATURES = {"embedding": load_embedding, "layers": load_layers, "unet": load_unet}

@@ -1,5 +1,5 @@
-"""Stable Diffusion's UNet, computed as diffusers and PEFT do, in fewer kernels that move fewer bytes. A GPU would else
-spend half of its time not in convolutions and products but in passes over activations between them."""
+"""Stable Diffusion's UNet, computed as diffusers and PEFT do, in fewer kernels that move fewer bytes. Otherwise a GPU
+would spend half of its time not in convolutions and matrix products but in passes over activations between them."""
 
 from types import MethodType
 
@@ -95,7 +95,7 @@ def lora_linear(layer, x):
     """W x + B A x, the second product added to the first as it is computed. The LoRA's scale is 1, without dropout."""
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     rows = x.flatten(0, -2)
-    output = layer.base_layer(rows)  # of rows even without the LoRA: a slice of tokens would else be rounded otherwise
+    output = layer.base_layer(rows)  # rows even without the LoRA: slices of tokens would be rounded differently
     if not layer.disable_adapters:
         output.addmm_(rows @ down.T, up.T)
     return output.unflatten(0, x.shape[:-1])

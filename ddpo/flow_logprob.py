@@ -94,7 +94,7 @@ def flow_step_mean_std(scheduler, model_output, timestep, sample, noise_level, k
     if kind == "cps":
         angle = noise_level * math.pi / 2
         return (1 - s_next) * x_0 + s_next * math.cos(angle) * eps, s_next * math.sin(angle)
-    if kind == "dance":  # eps / s as its authors form it, which rounds to 1e-4 at the smallest s, as does theirs
+    if kind == "dance":  # eps / s as its authors compute it, with their rounding: 1e-4 at the smallest s
         drift = v + noise_level**2 / 2 * (x - x_0 * (1 - s)) / s**2
         return x + drift * dt, noise_level * (-dt).sqrt()
     g = noise_level * (s / (1 - torch.where(s == 1, second, s))).sqrt()

@@ -11,12 +11,12 @@ from accelerate.utils import gather_object
 from ddpo.errors import InputError
 from ddpo.pipeline_logprob import decode, predict_noise
 
-# Beyond so many latent pixels a batch (one picture of Stable Diffusion's, 16 of the embedded model's) a CPU gains
-# nothing, see results/bench; a GPU is filled but for a share of what is free, left to rewards and fragments.
+# A CPU gains nothing from batches of more latent pixels than this (one picture of Stable Diffusion, 16 of the embedded
+# model), see results/bench. A GPU is filled except for this share of its free memory, for rewards and fragmentation.
 CPU_LATENT_PIXELS = 64 * 64
 GPU_SPARE = 0.1
-# CUDA's libraries have errors of their own for it, some of which do not say so: cuBLAS finds no room for its workspace,
-# cuDNN none for that of any algorithm.
+# How CUDA's libraries say that they are out of memory, some without the words: cuBLAS when its workspace does not fit,
+# cuDNN when the workspace of no algorithm does.
 OUT_OF_MEMORY = (
     "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED",
@@ -48,7 +48,7 @@ def fit_batch_sizes(policy, config, updates, share, kept):
 
     A size of 0 becomes the other one; where both are 0, or the given ones do not fit, both become the largest divisor
     of `share` that fits, so that training composes its batches as sampling does. On a CPU, which has no out-of-memory
-    error, given sizes are taken at their word. All processes get the same.
+    error, given sizes are not tried. All processes get the same.
 
     Args:
         updates: of an inner epoch. share: samples that a process has in each.

@@ -2,7 +2,7 @@
 
 On the reverse process, log p_theta(x_{t-1} | x_t, c) of the denoising steps that were taken is exact. On the forward
 process, log p_theta(x_0 | c) of what came out has only a bound, minus the denoising error: what base models are trained
-by. It needs no more than the finished picture, from whatever sampler, and few passes through the network. The pictures
+by. It needs only the finished picture, from any sampler, and few passes through the network. The pictures
 of a one-step generator have no likelihood, but they are functions of their noise that gradients go through.
 """
 
@@ -92,7 +92,7 @@ class Rollout:
         self.old_means, self.old_log_probs = trajectories.means, trajectories.log_probs  # (N, T, C, H, W), (N, T)
         self.prompt_embeds, self.negative_embeds = policy.embed(prompts), policy.embed([""])
         self.guidance_scale = config.sample.guidance_scale if config.train.guidance else 1.0
-        # sigma_weighting: log-ratio * sigma_t / its mean, since steps with little noise would else be clipped first.
+        # sigma_weighting: log-ratio * sigma_t / its mean; without, steps with little noise are clipped first.
         self.noise_level = policy.noise_level(config.sample)
         stds = policy.step_stds(self.noise_level)
         self.log_prob_scale = stds / stds.mean() if config.train.sigma_weighting else torch.ones_like(stds)
@@ -158,7 +158,7 @@ class Rollout:
 
     @torch.no_grad()
     def rescore(self, plan):
-        """Computes the old means and log-probs anew, in the batches of training; on the forward process, the old
+        """Computes the old means and log-probs again, in the batches of training; on the forward process, the old
         outputs. plan: of `plan_updates`. The last pass comes first, so that a transition that several passes see has
         the value that the first will find."""
         forward = self.algorithm.process == "forward"

@@ -1,13 +1,13 @@
-"""The algorithms side by side. Each raises the likelihood of the samples that it weighs up, by a few choices:
+"""The algorithms side by side. Each raises the likelihood of samples with a high weight; they differ in:
 
     weigh        what multiplies a sample's loss: its advantage, or a weight made of its reward
     loss         of that and of how likely the sample is under the weights being trained
     process      "reverse": a loss on each denoising step x_t -> x_{t-1} that was taken (likelihood.Transitions), or
-                 "forward": on the final x_0, noised anew (likelihood.Draws), or "one step": on x_0 as a function of
+                 "forward": on the final x_0 with new noise (likelihood.Draws), or "one step": on x_0 as a function of
                  the noise, by a generator that takes one step (likelihood.Generated)
     needs        what the terms must hold: "old", of the weights that sampled, "base", of the base model
-    skips_zeros  samples of weight 0 are left out, which costs nothing then
-    pairs        two samples of a prompt follow one another in every minibatch, noised alike
+    skips_zeros  whether samples of weight 0 are left out, so that they cost nothing
+    pairs        whether a minibatch holds pairs of samples of one prompt, with the same timestep and noise
 
 All have the same signatures:
 
@@ -165,7 +165,7 @@ def awm(terms, advantages, options):
     loss = max(-A ratio, -A clip(ratio, 1 +- clip_range)) + anchor_weight |output - old|^2
 
     Published with flow matching, without guidance, |A| <= 1, 6 draws an image, and a moving average as the anchor.
-    Deviations: the error is of the network's own target, which for noise is the velocity's but for a weight of the
+    Deviations: the error is of the network's own target, which for noise is the velocity's up to a weight of the
     timestep; the anchor is the policy that sampled, which is a moving average with `sample.averaged`.
     """
     ratio = torch.exp(mean_square(terms.old - terms.target) - terms.error)
@@ -204,7 +204,7 @@ def ram(terms, advantages, options):
     loss = |output - sg(base + ram_scale A (target - old))|^2
 
     Published with flow matching, ram_scale 100, timesteps drawn in proportion to t, 8 draws, and a moving average as
-    the policy that samples. Deviations: the output is the network's own, for noise the velocity but for a weight of
+    the policy that samples. Deviations: the output is the network's own, for noise the velocity up to a weight of
     the timestep; timesteps are uniform.
     """
     weight = options.ram_scale * advantages.reshape(-1, *[1] * (terms.output.ndim - 1))

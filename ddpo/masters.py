@@ -3,7 +3,7 @@
 The optimizer, the moving average and checkpoints see the masters alone. `copy_to_network` rounds them into the network
 before a forward pass, or once before many (`unchanged`), and each gradient is added to its master's as soon as the
 backward pass has it, so that sums over minibatches are float32. Under autocast, every norm, cast and residual would
-pass over its activations in float32.
+process its activations in float32.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import torch
 
 
 class Masters:
-    """Of a network's weights that are trained. In float32 they are these weights themselves."""
+    """The float32 masters of a network's trained weights; of a float32 network, these weights themselves."""
 
     def __init__(self, network, dtype):
         """Casts the network to dtype, unless that is None."""

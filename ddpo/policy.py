@@ -87,9 +87,10 @@ class Policy:
         return output if with_gradient else output.detach()
 
     def compile(self, rows, height=0, width=0, **options):
-        """Compiles the denoiser with torch.compile, anew for each size of batch when it first comes, and makes sure on
-        a batch of `rows` latents that it still has its gradient. (On a CPU torch 2.13's had not: with the right output,
-        the middle block got none. The importance ratio does not see that.) Raises InputError if it has not."""
+        """Compiles the denoiser with torch.compile, again for each new batch size, and compares its gradient on a batch
+        of `rows` latents of height x width pixels with the uncompiled one's. (On a CPU, torch 2.13's output was right
+        but the middle block got no gradient, which the importance ratio does not show.) options: torch.compile's.
+        Raises InputError if it cannot be compiled or the gradient is wrong."""
         shape = (rows, *self.latent_shape(height, width))
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         timesteps = torch.linspace(1, 999, len(latents), device=self.device).long()
@@ -100,7 +101,7 @@ class Policy:
             return torch.autograd.grad(output.square().sum() / output.numel() ** 0.5, parameters)
 
         plain = gradient()
-        torch._dynamo.config.recompile_limit = 64  # programs: beyond, it would run the plain network without a word
+        torch._dynamo.config.recompile_limit = 64  # programs; beyond them it would silently run the uncompiled network
         self.denoiser.compile(dynamic=False, **options)
         self._compiled = True
         try:
@@ -264,7 +265,7 @@ class Policy:
 def load_policy(
     model, lora_rank, precision, device, lora_targets="to_q,to_k,to_v,to_out.0", lora_seed=0, sharding=None
 ):
-    """Loads a base model and makes it trainable.
+    """Loads a base model and makes it trainable: returns a Policy.
 
     Args:
         model: a folder, or a name on the hub, that holds one of `ddpo.models.PIPELINES`.
@@ -308,7 +309,7 @@ def load_policy(
     # The CPU's fused attention has a backward pass in half precision that takes longer than all the rest.
     torch.backends.cuda.enable_flash_sdp(not on_cpu or dtype is None)
     # cuDNN's attention is another graph with gradients than without, so the importance ratio may not be 1. What is left
-    # (flash for half precision, else memory-efficient) is one kernel for both.
+    # (flash for half precision, otherwise memory-efficient) is one kernel for both.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not on_cpu:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"

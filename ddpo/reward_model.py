@@ -182,7 +182,7 @@ def _open(path):
 # ------------------------------------------------------------------------------------------------------------ the head
 def standardise(features):
     """(features (M, D) float64 with mean 0, and variance 1 / D in every dimension; (mean, scale) (D,) that did it).
-    Dimensions without variance but for rounding become 0: they say nothing."""
+    Dimensions whose variance is only rounding become 0: they say nothing."""
     features = features.double().numpy()
     mean, std = features.mean(0), features.std(0)
     scale = np.where(std > 1e-5 * abs(mean) + 1e-12, 1 / np.maximum(std, 1e-12), 0) / features.shape[1] ** 0.5
@@ -323,10 +323,9 @@ def evaluate_choices(margin, target, pictures=None, bins=5):
 
     Returns a dict: `accuracy` over the votes that are no ties; `accuracy_interval`, its exact 95% confidence interval
     (Clopper and Pearson, 1934), for which all votes on one pair count as one; `rank_correlation` (Spearman) of margin
-    and vote;
-    `log_loss`; `calibration`, a list of (mean predicted probability, share of left votes, votes) over bins of equal
-    width; and `calibration_error`, their mean distance weighted by votes. What votes that are all alike do not say is
-    None.
+    and vote; `log_loss`; `calibration`, a list of (mean predicted probability, share of left votes, votes) over bins of
+    equal width; and `calibration_error`, their mean distance weighted by votes. What cannot be told from votes that are
+    all the same is None.
     """
     probability = 1 / (1 + np.exp(-margin.astype(np.float64)))  # float32's is 1 from a margin of 17 on
     clear = target != 0.5
@@ -357,7 +356,7 @@ def evaluate_ratings(predicted, target, pictures=None, bins=5):
     (Kendall's tau, 2 accuracy - 1, then has the variance 2 (2n + 5) / (9n (n - 1)));
     `rank_correlation` (Spearman) of the pictures' means; and of the single ratings `rmse`; `r2`; `calibration`, a list
     of (mean prediction, mean rating, pictures) over bins of equally many; and `calibration_error`, their mean distance.
-    What ratings that are all alike do not say is None.
+    What cannot be told from ratings that are all the same is None.
     """
     _, place, count = np.unique(
         np.arange(len(target)) if pictures is None else pictures, return_inverse=True, return_counts=True

@@ -95,8 +95,8 @@ def within_length(clip):
 
 
 def load_clipscore(model, device, options):
-    """CLIPScore (Hessel et al., arXiv 2104.08718): 2.5 max(cos, 0). Deviation: the prompt goes in without their
-    "A photo depicts", since prompts of drawings are as welcome."""
+    """CLIPScore (Hessel et al., arXiv 2104.08718): 2.5 max(cos, 0). Deviation: the prompt is not preceded by
+    their "A photo depicts", since it may describe a drawing."""
     clip = load_clip(model or "openai/clip-vit-large-patch14", device, options.precision)
 
     def clipscore(images, prompts, metadata):
@@ -310,7 +310,7 @@ def compute_rewards(reward, images, prompts, metadata, timeout=0):
 
 class RewardQueue:
     """Scores the pictures of an epoch batch by batch, in the background while the next ones are sampled; on a CPU,
-    whose cores are busy, at once. A reward that fails is kept for `errors`."""
+    whose cores are busy, at once. A failure is kept for `errors`."""
 
     def __init__(self, reward, prompts, metadata, timeout, device, clock):
         """prompts, metadata: of all N pictures. timeout: of a batch, see `compute_rewards`. clock: a Stopwatch."""

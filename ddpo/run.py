@@ -164,7 +164,7 @@ class Run:
         save = last or self.done % config.save_every == 0
         due = [last or (every and self.done % every == 0) for every in (config.grid_every, config.evaluate.every)]
         looked = False
-        if self.policy.sharding and (save or due[1]):  # a process whose judge fails would else be alone in gathering
+        if self.policy.sharding and (save or due[1]):  # or a process whose judge fails would be alone in gathering
             self._save()
         try:
             self._look(self.done, *due)

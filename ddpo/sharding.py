@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ddpo.errors import InputError
 from ddpo.losses import ALGORITHMS
 
-REFUSED = {  # what the launcher may be told -> values that mean nothing else than what is done; what to do instead
+REFUSED = {  # setting of the launcher -> values that ask for what is done anyway; what to do instead of others
     "FSDP_VERSION": (("2",), "launch with --fsdp_version 2"),
     "FSDP_RESHARD_AFTER_FORWARD": (("true",), "leave it true"),
     "FSDP_AUTO_WRAP_POLICY": (("TRANSFORMER_BASED_WRAP",), "use TRANSFORMER_BASED_WRAP"),
@@ -82,7 +82,7 @@ def shard(network, sharding, device, dtype, whole):
         "mesh": init_device_mesh(torch.device(device).type, (torch.distributed.get_world_size(),)),
         # Inputs are cast where the network itself wants it: timesteps of half precision would be others.
         "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
-        "reshard_after_forward": True,  # all, or else a pass after an update would be by the weights before it
+        "reshard_after_forward": True,  # all: otherwise a pass after an update would use the weights from before it
         "ignored_params": set(whole),
     }
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nothing changes in place
@@ -93,6 +93,7 @@ def shard(network, sharding, device, dtype, whole):
 
 
 def is_sharded(parameters):
+    """Whether parameters are DTensors, each process holding a share."""
     return isinstance(parameters[0], DTensor)
 
 

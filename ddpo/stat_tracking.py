@@ -70,8 +70,8 @@ class PerPromptStatTracker:
     A prompt that is still rare uses the statistics of the whole epoch. Two deviations from the paper, both by option.
     With `shrinkage` there is no threshold: a prompt's statistics are drawn towards the epoch's, the less the more
     rewards it has; the best value is the variance within a prompt over that between prompts. And rewards older than
-    `max_age` epochs are forgotten (0: never). Where prompts outnumber samples, a buffer would else compare today's
-    policy with that of dozens of epochs ago, and everything would look like progress.
+    `max_age` epochs are forgotten (0: never). Where prompts outnumber samples, a buffer would otherwise compare today's
+    policy with that of dozens of epochs ago, and every sample would look better than average.
     """
 
     def __init__(self, buffer_size, min_count, max_age=0, shrinkage=0.0):

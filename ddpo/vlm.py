@@ -134,7 +134,7 @@ def ask_network(network, processor, batch_size, images, questions):
 
 
 class WholeAnswers(httpx2.AsyncHTTPTransport):
-    """Gives a request and all of its answer `timeout` seconds, which httpx would count anew for each read; and turns an
+    """Gives a request and all of its answer `timeout` seconds, where httpx's own restarts at each read; and turns an
     answer that is not JSON into a server's error, which the client tries again."""
 
     def __init__(self, timeout):

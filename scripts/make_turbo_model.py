@@ -1,12 +1,12 @@
 """Makes the embedded model a generator of one step.
 
     python -m scripts.make_turbo_model              # models/emoji with the LoRA of models/emoji-turbo: runs/emoji-turbo
-    python -m scripts.make_turbo_model --distil     # makes that LoRA anew
+    python -m scripts.make_turbo_model --distil     # makes that LoRA again
 
-The model itself draws a blur in one step. To distil it is to let it learn what it draws in ten: from the same noise the
-picture of its deterministic sampler with guidance, by the squared distance of the latents and that of the frozen UNet's
-features, down to its middle block. It predicts v in place of the noise: from pure noise a picture is 15 times as
-far off as a prediction of noise. The prompts are the 45 animals'.
+In one step, the model itself draws a blur. Distillation trains it to draw in one step what its deterministic sampler
+draws in ten, with guidance, from the same noise. The loss is the squared distance of the latents plus that of the
+frozen UNet's features, down to its middle block. The generator predicts v instead of the noise: from pure noise, an
+error of the predicted noise becomes one of the picture that is 15 times as large. The prompts are the 45 animals.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def main():
     parser.add_argument("--base", default="models/emoji")
     parser.add_argument("--lora", default="models/emoji-turbo", help="folder of the LoRA")
     parser.add_argument("--output", default="runs/emoji-turbo", help="where the generator goes")
-    parser.add_argument("--distil", action="store_true", help="make the LoRA anew")
+    parser.add_argument("--distil", action="store_true", help="make the LoRA again")
     parser.add_argument("--pairs", type=at_least(1), default=4096, help="that the teacher draws")
     parser.add_argument("--teacher_steps", type=at_least(1), default=10)
     parser.add_argument("--guidance_scale", type=at_least(1, float), default=3.0, help="of the teacher")

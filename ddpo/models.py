@@ -283,7 +283,7 @@ def load_model(model, device):
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         where = "is not a StableDiffusionPipeline folder" if os.path.isdir(model) else (
-            "is not a folder here and could not be had from the hub")  # fmt: skip
+            "is not a folder here and could not be loaded from the hub")  # fmt: skip
         raise InputError(f"model {model!r} {where}: {str(error).strip().splitlines()[0]}") from error
     channels, latent = getattr(pipe, family.denoiser).config.in_channels, pipe.vae.config.latent_channels
     packed = 4 if family is Flux else 1

@@ -30,7 +30,7 @@ def load_preset(preset):
     try:
         return runpy.run_path(path)["get_config"](*filter(None, [variant]))
     except Exception as error:  # the file's, or the preset's own
-        raise InputError(f"no preset can be had from {preset!r}: {one_line(error)}") from error
+        raise InputError(f"no preset can be loaded from {preset!r}: {one_line(error)}") from error
 
 
 def expand_home(config):
@@ -68,7 +68,7 @@ def record_options(run_dir, config):
 
 
 def content_hash(name):
-    """A hash of a model's files, by folder or file; the revision, if it is a hub name; "" if neither is to be had."""
+    """A hash of a model's files, by folder or file; the revision, if it is a hub name; "" if it is neither."""
     if not os.path.exists(name):
         found = "/" in name and name.count("/") == 1 and [
             try_to_load_from_cache(name, file) for file in ("model_index.json", "config.json")

@@ -398,18 +398,18 @@ def main():
     parser.add_argument(
         "--prompts", nargs="+", default=[], help="a prompt set, a text file, or prompts; default: the run's or preset's"
     )
-    parser.add_argument("--pairs", type=at_least(1), default=500, help="how many there should be at least")
+    parser.add_argument("--pairs", type=at_least(1), default=500, help="how many pairs to make at least")
     parser.add_argument("--output", default="", help="default: RUN/annotations or runs/annotations-NAME")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument(
-        "--repeat_every", type=at_least(0), default=10, help="of how many pairs one is asked twice; 0: none"
+        "--repeat_every", type=at_least(0), default=10, help="one pair in this many is asked twice; 0: none"
     )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others on the network in; there is no login")
     parser.add_argument(
         "--names", nargs="+", default=[], help="names under which a proxy or tunnel shows the page, if there is one"
     )
     parser.add_argument("--port", type=at_least(0), default=8600)
-    parser.add_argument("--draw_only", action="store_true", help="make the pairs and end")
+    parser.add_argument("--draw_only", action="store_true", help="make the pairs and start no server")
     args = parser.parse_args()
 
     preset, _, variant = args.config.partition(":")

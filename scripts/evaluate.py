@@ -51,16 +51,16 @@ def main():
     parser.add_argument("--prompts", default="", help="those that the run has seen; default: the run's")
     other = "prompt set; default: what the run's held_out kept from training, or animal_activities or common_animals"
     parser.add_argument("--held_out", default="", help=other)
-    parser.add_argument("--limit", type=at_least(1), default=45, help="how many prompts of either kind at most")
+    parser.add_argument("--limit", type=at_least(1), default=45, help="at most this many prompts of each kind")
     parser.add_argument("--count", type=at_least(1), default=4, help="pictures per prompt, at least 2")
-    parser.add_argument("--rewards", nargs="*", default=[], help="beside the run's own")
+    parser.add_argument("--rewards", nargs="*", default=[], help="to measure besides the run's own")
     parser.add_argument("--seed", type=seed, default=0, help="of the noise; runs use 0 for their own")
     parser.add_argument("--guidance_scale", type=at_least(0, float), default=0, help="default: the run's")
     scale = "measure base + s (finetuned - base) for each of these; default: 0 and 1, base and finetuned"
     parser.add_argument("--rl_scale", type=finite, nargs="+", default=[0.0, 1.0], metavar="s", help=scale)
     parser.add_argument("--output", default="", help="default: RUN/evaluation.json")
-    parser.add_argument("--clip", default="models/emoji/clip", help="whose embeddings diversity is measured by")
-    parser.add_argument("--classifier", default="models/emoji/classifier", help="of animals; empty: none")
+    parser.add_argument("--clip", default="models/emoji/clip", help="CLIP whose embeddings measure diversity")
+    parser.add_argument("--classifier", default="models/emoji/classifier", help="classifier of animals; empty: none")
     args = parser.parse_args()
     if args.count < 2:
         raise InputError(f"--count {args.count}: diversity takes at least 2 pictures of each prompt")

@@ -74,8 +74,8 @@ def main():
                         f"{', '.join(FEATURES)}; default: unet if there is a --model, else layers")  # fmt: skip
     parser.add_argument("--encoder", default="openai/clip-vit-large-patch14", help="CLIP: hub name or folder")
     parser.add_argument("--model", default="", help="for unet, a Stable Diffusion: hub name or folder")
-    parser.add_argument("--seed", type=seed, default=0, help="of which votes are held out together")
-    parser.add_argument("--cache", default="runs/embeddings", help="folder of the features known already")
+    parser.add_argument("--seed", type=seed, default=0, help="decides which votes are held out together")
+    parser.add_argument("--cache", default="runs/embeddings", help="folder in which features are kept")
     args = parser.parse_args()
     for folder in (args.output, args.cache):
         check_folder(folder)

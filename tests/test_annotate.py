@@ -604,7 +604,7 @@ def test_pairs_of_a_preset_with_another_model(tiny, tmp_path):
     assert result.returncode == 1 and "another config, 'config/emoji.py:alignment': choose another" in result.stderr
     assert read_pairs(tmp_path / "pairs.jsonl") == pairs
     result = run([*command, 3, "--output", tmp_path / "other", "--config", "config/emojy.py"])
-    assert result.returncode == 1 and "no preset can be had from 'config/emojy.py'" in result.stderr
+    assert result.returncode == 1 and "no preset can be loaded from 'config/emojy.py'" in result.stderr
 
 
 def test_pairs_of_a_model_can_be_enlarged(tiny, tmp_path):

@@ -46,7 +46,7 @@ MISTAKES = {
     ),
     "an average of nothing": ({"train__ema_decay": 1.5}, ["train.ema_decay = 1.5", "at most 1"]),
     "no such model folder": ({"model": "./models/emojy"}, ["'./models/emojy'", "no such folder"]),
-    "no such model": ({"model": "models/emojy"}, ["'models/emojy'", "could not be had from the hub"]),
+    "no such model": ({"model": "models/emojy"}, ["'models/emojy'", "could not be loaded from the hub"]),
     "not a model folder": ({"model": "ddpo"}, ["'ddpo'", "not a StableDiffusionPipeline folder"]),
     "deterministic": ({"sample__eta": 0.0}, ["sample.eta = 0.0: ddpo_is needs 0 < eta <= 1"]),
     "more noise than there is": ({"algorithm": "awm", "sample__eta": 1.5}, ["sample.eta = 1.5", "0 to 1"]),

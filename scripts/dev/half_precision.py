@@ -113,7 +113,7 @@ def updates(contestants, count):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=at_least(2), default=4, help="of an update")
+    parser.add_argument("--images", type=at_least(2), default=4, help="images per update")
     parser.add_argument("--steps", type=at_least(1), default=5)
     parser.add_argument("--updates", type=at_least(1), default=3)
     parser.add_argument("--model", default="models/emoji")

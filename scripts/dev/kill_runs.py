@@ -120,7 +120,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=at_least(1), default=50)
     parser.add_argument("--per_run", type=at_least(1), default=5, help="kills of one run before it may finish")
-    parser.add_argument("--seed", type=seed, default=0, help="of the moments")
+    parser.add_argument("--seed", type=seed, default=0, help="of the moments of the kills")
     parser.add_argument("--size", choices=("tiny", "tiny_xl", "tiny_sd35"), default="tiny", help="the random model")
     parser.add_argument("--output", default="", help="a JSON file for the result")
     args = parser.parse_args()

@@ -221,7 +221,7 @@ def main():
     parser.add_argument("--batch_size", type=at_least(1), default=8)
     parser.add_argument("--lora_rank", type=at_least(0), default=4)
     parser.add_argument("--precision", default="bf16", choices=PRECISIONS)
-    parser.add_argument("--kinds", type=at_least(0), default=8, help="of kernels that are listed, the longest first")
+    parser.add_argument("--kinds", type=at_least(0), default=8, help="how many kinds of kernels to list, longest first")
     args = parser.parse_args()
     simulated = Simulated(args.size, args.lora_rank, args.precision, args.batch_size)
     print("| | kernels | GB | TFLOP | ms at best |\n|---|---|---|---|---|")

@@ -5,7 +5,7 @@
 A diffusion model draws by denoising: from pure noise x_T, every step samples x_{t-1} from a Gaussian whose mean the
 network predicts. DDPO treats this as a Markov decision process. The state is (c, t, x_t) with c the prompt, the action
 x_{t-1}, the policy p_theta(x_{t-1} | x_t, c), and the reward r(x_0, c) comes with the finished image. Each action's
-likelihood is known exactly, so the policy gradient applies. With A the advantage of a picture (its reward, compared
+likelihood is known exactly, so the policy gradient applies. With A the advantage of an image (its reward, compared
 with that of others) and p_old the policy that sampled it, DDPO-IS minimises the mean over all transitions of
 
     max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),    rho = p_theta(x_{t-1} | x_t, c) / p_old(x_{t-1} | x_t, c)
@@ -66,7 +66,7 @@ def train(config, preset):
     run.describe(len(prompt_set), samples_per_update, trained_steps(config, algorithm.process), rescores)
 
     for epoch in run.epochs():
-        # 1. Sample: a picture per prompt by the current policy, with its whole denoising trajectory.
+        # 1. Sample: an image per prompt by the current policy, with its whole denoising trajectory.
         group = config.sample.images_per_prompt
         drawn = [draw_prompt(prompt_set, config.seed, epoch, i - i % group) for i in indices]
         prompts, metadata = [prompt for prompt, _ in drawn], [data for _, data in drawn]
@@ -82,7 +82,7 @@ def train(config, preset):
             scores.cancel()
             break  # no weight has changed since the last epoch, which `run.finish` saves
 
-        # 2. Reward: of each picture; on a GPU computed while the next ones were sampled.
+        # 2. Reward: of each image; on a GPU computed while the next ones were sampled.
         rewards, reward_info = run.collect(scores)
         if not trajectories.latents.isfinite().all():
             raise InputError(
@@ -137,8 +137,8 @@ def train(config, preset):
             policy.update_ema()
         bar.close()
 
-        # 5. Log: means over the epoch, pictures of fixed prompts and noise, a checkpoint.
-        trajectories = rollout = None  # room for other pictures
+        # 5. Log: means over the epoch, images of fixed prompts and noise, a checkpoint.
+        trajectories = rollout = None  # room for other images
         run.log({
             **run.mean_info(reward_info), "reward_mean": float(all_rewards.mean()),
             "reward_std": float(all_rewards.std()), **optimizer.summary(),

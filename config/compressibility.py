@@ -74,7 +74,7 @@ def one_gpu(config):
 
 
 def fast(config):
-    """DiffusionNFT on pictures of 20 steps, with its own learning rate for LoRA and KL weight; guidance as here."""
+    """DiffusionNFT on images of 20 steps, with its own learning rate for LoRA and KL weight; guidance as here."""
     config = lora(config)
     config.algorithm = "nft"
     config.sample.num_steps = 20

@@ -1,9 +1,9 @@
-"""Choices between two pictures, without a reward model: the embedded model on a CPU.
+"""Choices between two images, without a reward model: the embedded model on a CPU.
 
     python -m scripts.train_dpo --choices runs/annotations-emoji/choices.jsonl                        (LoRA of rank 16)
     python -m scripts.train_dpo --choices runs/annotations-emoji/choices.jsonl --config config/dpo.py:full
 
-An epoch is 256 pictures, 128 pairs, in 8 updates, whatever the number of choices. What came of it, and how dpo_beta was
+An epoch is 256 images, 128 pairs, in 8 updates, whatever the number of choices. What came of it, and how dpo_beta was
 found: results/preferences/README.md.
 """
 

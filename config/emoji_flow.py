@@ -28,6 +28,6 @@ def get_config(variant="compressibility"):
     config.train.kl_weight = 0.05
     config.train.learning_rate = 5e-4 if config.lora_rank else 5e-5
     if config.lora_rank:
-        # Attention and feed-forward, of picture and text.
+        # Attention and feed-forward, of image and text.
         config.lora_targets = "to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out,net.0.proj,net.2"
     return config

@@ -3,7 +3,7 @@
     accelerate launch train.py --config config/flux.py           (LoRA)
     accelerate launch train.py --config config/flux.py:full      (all 12B weights, as theirs: does not fit on one GPU)
 
-HPSv2 on pictures of 720x720: 16 steps of constant noise 0.3, noise levels shifted by 3, the guidance 3.5 told to the
+HPSv2 on images of 720x720: 16 steps of constant noise 0.3, noise levels shifted by 3, the guidance 3.5 told to the
 network, 12 images a prompt, 60% of the steps trained on, drawn anew for each update.
 
 Deviations. Theirs starts the 12 images of a prompt from the same noise; here every image has its own. Their log-prob

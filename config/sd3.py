@@ -2,10 +2,10 @@
 
     accelerate launch train.py --config config/sd3.py            (Flow-GRPO: guidance 4.5, KL)
     accelerate launch train.py --config config/sd3.py:fast       (without guidance and KL, CPS steps, the noisier half)
-    accelerate launch train.py --config config/sd3.py:ocr        (as grpo, for text in pictures)
+    accelerate launch train.py --config config/sd3.py:ocr        (as grpo, for text in images)
     accelerate launch train.py --config config/sd3.py:geneval    (as grpo, for numbers, colours and positions)
 
-PickScore on pictures of 512x512. 48 prompts x 24 images an epoch in 2 updates, since groups of 12 and 6 were found to
+PickScore on images of 512x512. 48 prompts x 24 images an epoch in 2 updates, since groups of 12 and 6 were found to
 collapse; LoRA of rank 32 on all projections of the attention. Theirs reached a PickScore of 23.31 from 21.72, with
 `ocr` an accuracy of 0.92 from 0.59, with `geneval` GenEval's score of 0.95 from 0.63 (see docs/rewards.md).
 

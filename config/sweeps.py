@@ -18,7 +18,7 @@ EIGHT_UPDATES = {"train.updates_per_epoch": 8, "train.warmup_updates": 16, "trai
 ONE_UPDATE = {"train.updates_per_epoch": 1, "train.warmup_updates": 2}
 TASKS = ("compressibility", "incompressibility", "aesthetic")
 GROUPS = {"sample.images_per_prompt": 4}
-# On the finished picture.
+# On the finished image.
 FORWARD = {**ONE_UPDATE, "train.kl_weight": 0.0, "train.prompt_dropout": 0.0, "train.draws": 4}
 # RWR and its kind: more updates, with as many passes with gradient in an epoch as DDPO makes.
 REGRESSION = {"train.kl_weight": 0.0, "train.draws": 10}
@@ -120,7 +120,7 @@ def ablations():
 
 SWEEPS = {"fig4": fig4, "newer": newer, "fig5": fig5, "fig7": fig7, "lora": lora, "ablations": ablations}
 JUDGED = ("fig4", "newer", "lora")  # where a learning rate must keep the animals to be the best
-PICTURED = ("fig4", "newer", "fig5", "fig7")  # whose figures show pictures
+PICTURED = ("fig4", "newer", "fig5", "fig7")  # whose figures show images
 
 
 def job_of(curve, options, rate, seed):

@@ -7,7 +7,7 @@
     accelerate launch train.py --config config/turbo.py:sdxl      (SDXL-Turbo, not run on the real weights)
 
 The embedded model's settings keep most of the animals, for a small gain: results/turbo/README.md. The other two have
-those of DrPO's authors for rank, learning rate, radii and reference, with 16 pictures of each of 32 prompts to an
+those of DrPO's authors for rank, learning rate, radii and reference, with 16 images of each of 32 prompts to an
 update, PickScore and our prompts.
 """
 

@@ -86,7 +86,7 @@ def window_of_steps(generator, num_steps, count):
 
 
 def first_steps(generator, num_steps, count):
-    """The noisiest, which decide what the picture shows."""
+    """The noisiest, which decide what the image shows."""
     return np.arange(count)
 
 

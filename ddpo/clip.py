@@ -1,6 +1,6 @@
-"""CLIP-like models as judges: loading, and unit embeddings of pictures and prompts.
+"""CLIP-like models as judges: loading, and unit embeddings of images and prompts.
 
-Preprocessing is always the model's own processor on uint8 pictures. A reward that rescales or normalises pictures in
+Preprocessing is always the model's own processor on uint8 images. A reward that rescales or normalises images in
 its own way gives the model other inputs than it was trained on, and no error says so.
 """
 
@@ -102,7 +102,7 @@ def embed_texts(clip, texts, batch_size=32):
 
 
 def cosine(clip, images, texts, batch_size=32):
-    """(B,) cosines between each picture's embedding and its prompt's."""
+    """(B,) cosines between each image's embedding and its prompt's."""
     return (embed_images(clip, images, batch_size) * embed_texts(clip, texts, batch_size)).sum(-1).cpu()
 
 

@@ -1,11 +1,11 @@
-"""The force field of DrPO (arXiv 2606.02521): where each of a prompt's pictures should move to, in the features of a
+"""The force field of DrPO (arXiv 2606.02521): where each of a prompt's images should move to, in the features of a
 frozen network, so that it comes to look more like the better half and less like the worse half.
 
 A one-step generator is a function x_0 = G(noise, prompt) without a likelihood, so it has no policy gradient. But it can
-be differentiated: each picture can be moved, and with it all others that the same weights generate. With f_i the
-features of picture i and y_j those that attract it (j in P) or repel it (j in M),
+be differentiated: each image can be moved, and with it all others that the same weights generate. With f_i the
+features of image i and y_j those that attract it (j in P) or repel it (j in M),
 
-    a_ij    = sqrt(softmax over j * softmax over i of -|f_i - y_j| / (radius scale))     0 for a picture and itself
+    a_ij    = sqrt(softmax over j * softmax over i of -|f_i - y_j| / (radius scale))     0 for an image and itself
     force_i = sum_P a_ij (y_j - f_i) * sum_M a_ik  -  sum_M a_ij (y_j - f_i) * sum_P a_ik
 
 in units of `scale`, the mean distance, and divided by its root mean square; summed over the radii. The force is zero
@@ -20,8 +20,8 @@ import torch
 from ddpo.features import load_blocks
 
 RADII = (0.02, 0.05, 0.2)  # of the kernel, in mean distances
-GRID = 4  # cells along each side of a picture, whose means are features
-FLOOR = 1e-3  # of the kernel, so that a far picture is felt
+GRID = 4  # cells along each side of an image, whose means are features
+FLOOR = 1e-3  # of the kernel, so that a far image is felt
 
 
 @functools.lru_cache(maxsize=1)
@@ -42,7 +42,7 @@ def pool(x):
 
 
 def drift(x, y, attracts, repels, apart=None, radii=RADII):
-    """Force (G, N, D) on N pictures of each of G prompts, and `unit` (G, 1, 1), in which it is measured: x / unit is to
+    """Force (G, N, D) on N images of each of G prompts, and `unit` (G, 1, 1), in which it is measured: x / unit is to
     become x / unit + force. Has no gradient.
 
     Args:

@@ -1,4 +1,4 @@
-"""Looks at a policy on fixed prompts and noise: draws it, as a grid of pictures, and measures it, every few epochs of a
+"""Looks at a policy on fixed prompts and noise: draws it, as a grid of images, and measures it, every few epochs of a
 run (config.evaluate) and after it (`python -m scripts.evaluate`).
 
 Prompts: those trained on and those held out. Sampling: with the sampler's noise, as in training, and without
@@ -18,7 +18,7 @@ from ddpo.errors import InputError
 from ddpo.images import image_grid
 from ddpo.pipeline_logprob import draw_noise, sample_with_logprob
 
-GRID = 2**31  # the "epoch" whose noise the picture grids use
+GRID = 2**31  # the "epoch" whose noise the image grids use
 EVALUATION = GRID + 1  # the "epoch" whose noise is used, with seed 0 in every run: runs compare on the same noise
 
 
@@ -44,7 +44,7 @@ def choose_prompts(pairs, limit, seen=()):
 
 
 def load_classifier(folder):
-    """An image classifier that takes pictures as they are, scaled to -1..1: models/emoji/classifier, or one made like
+    """An image classifier that takes images as they are, scaled to -1..1: models/emoji/classifier, or one made like
     it. Raises InputError if there is none."""
     try:
         return complete(
@@ -63,15 +63,15 @@ def named_animals(images, classifier):
 
 
 def diversity(embeddings, count):
-    """Mean cosine distance between two of the `count` pictures of the same prompt, whose unit embeddings (count * P, D)
-    are in the order of P prompts, `count` times. With s the sum over a prompt's pictures, the mean cosine is
+    """Mean cosine distance between two of the `count` images of the same prompt, whose unit embeddings (count * P, D)
+    are in the order of P prompts, `count` times. With s the sum over a prompt's images, the mean cosine is
     (|s|^2 - count) / (count^2 - count)."""
     sums = embeddings.reshape(count, -1, embeddings.shape[-1]).sum(0)
     return float(1 - ((sums**2).sum(-1) - count).mean() / (count**2 - count))
 
 
 def score(images, pairs, judges, clip, classifier, timeout):
-    """{name: (B,) values} of B pictures of B (prompt, metadata) pairs, and their "embedding" (B, D). Accuracy is nan
+    """{name: (B,) values} of B images of B (prompt, metadata) pairs, and their "embedding" (B, D). Accuracy is nan
     where the prompt's last word, or the metadata's "animal", is none of the classifier's labels."""
     texts, metadata = map(list, zip(*pairs))
     values = {}
@@ -89,7 +89,7 @@ def score(images, pairs, judges, clip, classifier, timeout):
 
 
 def evaluate(policy, sets, count, judges, sample, clip=None, classifier=None, seed=0, timeout=0):
-    """Draws `count` pictures of each prompt and measures them; the processes share the work.
+    """Draws `count` images of each prompt and measures them; the processes share the work.
 
     Args:
         policy: its scheduler set to sample.num_steps timesteps.
@@ -99,10 +99,10 @@ def evaluate(policy, sets, count, judges, sample, clip=None, classifier=None, se
         clip: what `load_clip` returns, whose embeddings diversity is measured by. classifier: what `load_classifier`
             returns, which is to name the prompt's animal. Either may be missing.
         seed: of the noise.
-        timeout: seconds that a judge may take for sample.batch_size pictures; 0: no limit.
+        timeout: seconds that a judge may take for sample.batch_size images; 0: no limit.
     Returns:
         {"seen, stochastic": {name: mean, "diversity": ..., "by_prompt": {prompt: mean reward}}, ...} and {"seen,
-        stochastic": PIL images of this process's first pictures, ...}.
+        stochastic": PIL images of this process's first images, ...}.
     """
     state = PartialState()
     shape = policy.noise_shape(sample)
@@ -113,7 +113,7 @@ def evaluate(policy, sets, count, judges, sample, clip=None, classifier=None, se
             drawn = pairs * count
             shares = np.array_split(np.arange(len(drawn)), state.num_processes)
             mine, own = shares[state.process_index].tolist(), len(shares[state.process_index])
-            if policy.sharding:  # whose passes all processes make: those of a smaller share draw a picture in vain
+            if policy.sharding:  # whose passes all processes make: those of a smaller share draw an image in vain
                 mine += [0] * (len(shares[0]) - own)
             scored, pictures = [], []
 
@@ -146,7 +146,7 @@ def evaluate(policy, sets, count, judges, sample, clip=None, classifier=None, se
 
 
 def draw_grid(policy, prompt_set, count, sample, seed):
-    """One picture of `count` pictures, of prompts from all over the set. sample: a config's `sample`."""
+    """One image of `count` images, of prompts from all over the set. sample: a config's `sample`."""
     shape = policy.noise_shape(sample)
     texts = [prompt for prompt, _ in prompt_set[:: max(1, len(prompt_set) // count)]][:count]
     pictures = sample_with_logprob(

@@ -4,9 +4,9 @@
     layers      mean and standard deviation over the patches, at four depths of a CLIP's vision model
     unet        mean and standard deviation over the pixels, after every block of a diffusion model's UNet
 
-An embedding says what a picture shows, and little of how it looks. The layers below it, and the UNet, know textures,
-too. The UNet sees the picture's latent under a little noise, always the same, with the empty prompt. Baranchuk et al.
-(arXiv 2112.03126) found that such features of a diffusion model tell the parts of a picture apart with few labels.
+An embedding says what an image shows, and little of how it looks. The layers below it, and the UNet, know textures,
+too. The UNet sees the image's latent under a little noise, always the same, with the empty prompt. Baranchuk et al.
+(arXiv 2112.03126) found that such features of a diffusion model tell the parts of an image apart with few labels.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ def load_features(kind, network, device="cpu", precision="fp32"):
 
 
 def in_batches(embed, images, batch_size=32):
-    """embed(images) (B, D), of `batch_size` pictures at a time."""
+    """embed(images) (B, D), of `batch_size` images at a time."""
     return torch.cat([embed(images[i : i + batch_size]) for i in range(0, len(images), batch_size)])
 
 
@@ -75,7 +75,7 @@ class Enough(Exception):
 
 def load_blocks(name, device, dtype, to_middle=False):
     """A frozen UNet of a hub name or folder: (function of latents (B, C, h, w) that returns [(B, C', h', w') float32
-    after every block, or `to_middle` alone] and passes gradients on; VAE of the latents; its pictures' (height, width);
+    after every block, or `to_middle` alone] and passes gradients on; VAE of the latents; its images' (height, width);
     tensors that the outputs depend on). Raises InputError if the model has no UNet."""
     pipe, family = load_model(name, device)
     if family.denoiser != "unet":

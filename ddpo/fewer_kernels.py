@@ -40,7 +40,7 @@ def _is_plain_resnet(block):
 
 
 def _is_plain_transformer(block):
-    """Without a LoRA on its convolutions of single pixels, which takes pictures and not tokens."""
+    """Without a LoRA on its convolutions of single pixels, which takes images and not tokens."""
     return block.is_input_continuous and not any(isinstance(p, LoraConv2d) for p in (block.proj_in, block.proj_out))
 
 
@@ -57,13 +57,13 @@ def resnet(block, x, temb):
 
 
 def to_tokens(block, x):
-    """A picture (B, C, H, W) to tokens (B, H W, C'), which is a view where channels come last in memory; and C'."""
+    """An image (B, C, H, W) to tokens (B, H W, C'), which is a view where channels come last in memory; and C'."""
     x = project(block.proj_in, block.norm(x).permute(0, 2, 3, 1).flatten(1, 2))
     return x, x.shape[-1]
 
 
 def from_tokens(block, hidden_states, residual, batch_size, height, width, inner_dim):
-    """Back, and added to the picture; a sum has the layout of what comes first."""
+    """Back, and added to the image; a sum has the layout of what comes first."""
     return residual + project(block.proj_out, hidden_states).unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 

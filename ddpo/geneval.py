@@ -1,4 +1,4 @@
-"""The reward `geneval`: whether the picture has the prompt's objects, in its numbers, colours and places.
+"""The reward `geneval`: whether the image has the prompt's objects, in its numbers, colours and places.
 
 The metadata of a prompt are GenEval's (Ghosh et al., arXiv 2310.11513), so that its files of prompts serve as they are:
 
@@ -79,7 +79,7 @@ def value(question, answer):
 
 
 def score(questions, answers):
-    """The reward, in [0, 1], of a picture from the answers to its questions, as texts."""
+    """The reward, in [0, 1], of an image from the answers to its questions, as texts."""
     terms = [value(question, answer) for question, answer in zip(questions, answers)]
     counts = [term for question, term in zip(questions, terms) if question.kind == "count"]
     return np.mean([
@@ -103,7 +103,7 @@ def load_geneval(model, device, options):
                 ) from error
 
     def geneval(images, prompts, metadata):
-        """The mean of a picture's terms; geneval_correct: whether all are 1, GenEval's accuracy."""
+        """The mean of an image's terms; geneval_correct: whether all are 1, GenEval's accuracy."""
         check(list(zip(prompts, metadata)))
         questions = [questions_of(m) for m in metadata]
         asked = [(image, question.text) for image, own in zip(images, questions) for question in own]

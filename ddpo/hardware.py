@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from ddpo.errors import InputError
 from ddpo.pipeline_logprob import decode, predict_noise
 
-# A CPU gains nothing from batches of more latent pixels than this (one picture of Stable Diffusion, 16 of the embedded
+# A CPU gains nothing from batches of more latent pixels than this (one image of Stable Diffusion, 16 of the embedded
 # model), see results/bench. A GPU is filled except for this share of its free memory, for rewards and fragmentation.
 CPU_LATENT_PIXELS = 64 * 64
 GPU_SPARE = 0.1
@@ -76,7 +76,7 @@ def fit_batch_sizes(policy, config, updates, share, kept):
     else:
         raise InputError(
             "out of memory with one image: --config.train.gradient_checkpointing=True, --config.precision=bf16, a LoRA "
-            "(--config.lora_rank=4), smaller pictures (--config.sample.height, width) and fewer images "
+            "(--config.lora_rank=4), smaller images (--config.sample.height, width) and fewer images "
             "(--config.sample.images_per_epoch) need less"
         )
     if policy.device.type == "cuda":  # the trials are not the run's

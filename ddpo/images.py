@@ -1,18 +1,18 @@
-"""Grids of pictures."""
+"""Grids of images."""
 
 from PIL import Image, ImageDraw, ImageFont
 
-SMALLEST = 192  # pixels; narrower pictures are enlarged, by a whole factor
+SMALLEST = 192  # pixels; narrower images are enlarged, by a whole factor
 LINES = 2  # of a label; what is longer ends in an ellipsis
 
 
 def grid_columns(count):
-    """How many of `count` pictures a grid has in a row, if it is not told."""
+    """How many of `count` images a grid has in a row, if it is not told."""
     return min(count, max(1, round(count**0.5 * 1.3)))
 
 
 def image_grid(images, labels=None, columns=0, heads=()):
-    """One picture of many, `columns` to a row (0: nearly square), each with its label under it, and a head over each
+    """One image of many, `columns` to a row (0: nearly square), each with its label under it, and a head over each
     column."""
     columns = columns or grid_columns(len(images))
     width, height = images[0].size
@@ -29,7 +29,7 @@ def image_grid(images, labels=None, columns=0, heads=()):
         left, top = i % columns * (width + 2), above + i // columns * (height + 2 + below)
         grid.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
         if labels and labels[i]:
-            free = i + 1  # a label may run on under the pictures of its row that have none
+            free = i + 1  # a label may run on under the images of its row that have none
             while free % columns and not any(labels[free : free + 1]) and free < len(images):
                 free += 1
             text = wrap(labels[i], (free - i) * (width + 2) - 4, font)

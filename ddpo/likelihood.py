@@ -2,7 +2,7 @@
 
 On the reverse process, log p_theta(x_{t-1} | x_t, c) of the denoising steps that were taken is exact. On the forward
 process, log p_theta(x_0 | c) of what came out has only a bound, minus the denoising error: what base models are trained
-by. It needs only the finished picture, from any sampler, and few passes through the network. The pictures
+by. It needs only the finished image, from any sampler, and few passes through the network. The images
 of a one-step generator have no likelihood, but they are functions of their noise that gradients go through.
 """
 
@@ -57,8 +57,8 @@ class Draws(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """B pictures as a one-step generator draws them, by the weights being trained, from the noise that it was sampled
-    with: in groups, one after the other, of all pictures of a prompt."""
+    """B images as a one-step generator draws them, by the weights being trained, from the noise that it was sampled
+    with: in groups, one after the other, of all images of a prompt."""
 
     x_0: torch.Tensor  # (B, C, H, W) float32
     features: list  # of it, by layer of a frozen network: (B, D) float32 each
@@ -68,7 +68,7 @@ class Generated(NamedTuple):
 
     @property
     def kl_base(self):
-        """(B,): the squared distance from the base model's picture."""
+        """(B,): the squared distance from the base model's image."""
         return mean_square(self.x_0 - self.base)
 
     def ratio_error(self):

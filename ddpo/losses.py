@@ -227,15 +227,15 @@ def dpo(terms, weights, options):
 
 
 def drpo(terms, sign, options):
-    """DrPO (arXiv 2606.02521), for generators of one step: each picture is moved towards those of its prompt's better
+    """DrPO (arXiv 2606.02521), for generators of one step: each image is moved towards those of its prompt's better
     half and away from the worse half (sign 1 and -1), by the force of ddpo/drift.py. Less so, towards what the base
     model draws from the same noises, and away from what the generator draws now.
 
     loss = sum over layers of |f / unit - sg(f / unit + force)|^2 + reference_weight |f / unit - sg(f / unit + reference
            force)|^2, each a mean over the D features f of a layer
 
-    Published with 16 or 24 images a prompt. Deviations: theirs adds the pictures as they are, with a weight of 1 to
-    3,000, to those that repel; there a picture's copy among the better or worse ones takes part in the softmax, which
+    Published with 16 or 24 images a prompt. Deviations: theirs adds the images as they are, with a weight of 1 to
+    3,000, to those that repel; there an image's copy among the better or worse ones takes part in the softmax, which
     here it does not; and its own reference force is not zero at the base model.
     """
     group, loss = terms.group, 0

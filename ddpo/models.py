@@ -103,7 +103,7 @@ class StableDiffusion:
         """The network's output (B, C, H, W) for latents (B, C, H, W), timesteps (B,), B Conditions and, if
         `told_guidance`, the guidance scale."""
         told, added = conditions.tensors, None
-        if self.is_xl:  # the picture's size and crop, and the pooled embedding
+        if self.is_xl:  # the image's size and crop, and the pooled embedding
             height, width = (side * self.pipe.vae_scale_factor for side in latents.shape[-2:])
             if (height, width) not in self._time_ids:  # copied to the device once: a copy would wait for it each time
                 ids = torch.tensor([height, width, 0.0, 0.0, height, width], device=latents.device)
@@ -189,7 +189,7 @@ class JointAttention(JointAttnProcessor2_0):
             return norm(x) if norm is not None else x
 
         x, text, image = hidden_states, encoder_hidden_states, hidden_states.shape[1]
-        if text is None:  # the picture's attention to itself alone, in SD3.5-medium
+        if text is None:  # the image's attention to itself alone, in SD3.5-medium
             return super().__call__(attn, x)
         query, key = heads(attn.to_q(x), attn.norm_q), heads(attn.to_k(x), attn.norm_k)
         value = heads(attn.to_v(x), None)

@@ -1,11 +1,11 @@
-"""The reward `ocr`: whether the text that a prompt quotes can be read in the picture.
+"""The reward `ocr`: whether the text that a prompt quotes can be read in the image.
 
 Flow-GRPO's (Liu et al., arXiv 2505.05470): 1 - min(d, n) / n, where n is the length of the quoted text and d its edit
 distance from what is read, both in lower case and without spaces. As in the authors' code, though not in the paper's
-formula, d is 0 where the quoted text is part of what is read: other writing in the picture then costs nothing.
+formula, d is 0 where the quoted text is part of what is read: other writing in the image then costs nothing.
 
 Deviations: rapidocr, whose package holds its models (PaddleOCR's PP-OCRv6 small, in ONNX) and runs without Paddle, in
-place of PaddleOCR, which downloads them. A picture that cannot be scored ends the run; theirs scores 0.
+place of PaddleOCR, which downloads them. An image that cannot be scored ends the run; theirs scores 0.
 """
 
 import os
@@ -19,7 +19,7 @@ from ddpo.hardware import cpu_cores
 
 
 def wanted_text(prompt, metadata):
-    """The text that a picture shall show, in lower case without spaces: metadata["text"], else what the prompt has in
+    """The text that an image shall show, in lower case without spaces: metadata["text"], else what the prompt has in
     double quotes, else ""."""
     quoted = re.search(r'"(.*?)"|“(.*?)”', prompt, re.DOTALL)
     text = metadata.get("text") or (quoted[1] or quoted[2] if quoted else "")
@@ -58,7 +58,7 @@ def load_reader(threads):
     except ImportError as error:
         raise InputError(f"it needs packages of its own ({error}): pip install rapidocr onnxruntime") from error
     parameters = {"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": threads}
-    # As Flow-GRPO runs PaddleOCR: no look for text upside down, and no picture enlarged, which takes twice the time.
+    # As Flow-GRPO runs PaddleOCR: no look for text upside down, and no image enlarged, which takes twice the time.
     parameters |= {"Global.use_cls": False, "Det.limit_type": "max", "Det.limit_side_len": 960}
     engine = RapidOCR(params=parameters)
 

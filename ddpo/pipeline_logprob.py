@@ -16,7 +16,7 @@ from ddpo.seeds import torch_generator
 
 class Trajectories(NamedTuple):
     """What B prompts became in T steps, on the policy's device. `latents[:, 0]` is pure noise, `latents[:, -1]` the
-    picture's latent; without `keep_steps` the latter is all there is, and there are no means and log-probs."""
+    image's latent; without `keep_steps` the latter is all there is, and there are no means and log-probs."""
 
     images: list  # B PIL images, or none if `on_images` was given them
     latents: torch.Tensor  # (B, T + 1, C, H, W) float32, or (B, 1, C, H, W)
@@ -65,20 +65,20 @@ def sample_with_logprob(
     stop=None,
     on_images=None,
 ):
-    """Samples one picture per prompt and, with `keep_steps`, records its trajectory.
+    """Samples one image per prompt and, with `keep_steps`, records its trajectory.
 
     Args:
         policy: a `ddpo.policy.Policy`, its scheduler set to T timesteps.
         prompts: B strings.
-        noise: function of an index i in 0..B-1 that returns the (T + 1, C, H, W) standard normal noise of picture i:
+        noise: function of an index i in 0..B-1 that returns the (T + 1, C, H, W) standard normal noise of image i:
             the initial latent, then one for each step. Nothing else is random: `batch_size` changes no result.
         guidance_scale: see `predict_noise`.
         eta: noise of the steps, DDIM's eta or a flow's noise level (`policy.noise_level`); 0 draws without.
-        batch_size: pictures per forward pass; 0 for all at once.
+        batch_size: images per forward pass; 0 for all at once.
         progress: label of a progress bar, None for none.
         stop: function asked before each batch whether to give up.
         on_images: function called with (first index, images) of each batch, as soon as they are there; the images are
-            then not kept, which would take 0.2 GB for 256 pictures of 512x512.
+            then not kept, which would take 0.2 GB for 256 images of 512x512.
     Returns:
         Trajectories, or None if `stop` said so.
     """

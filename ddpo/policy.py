@@ -2,7 +2,7 @@
 
 Precision. Trainable weights and the optimizer are always float32; in "bf16" and "fp16" the network holds them, and its
 frozen ones, rounded to half precision, see ddpo/masters.py. "tf32" is float32 with TensorFloat-32 matrix products. The
-VAE is float32 in every mode: it runs once per picture, and in half precision it overflows.
+VAE is float32 in every mode: it runs once per image, and in half precision it overflows.
 """
 
 import contextlib
@@ -150,8 +150,8 @@ class Policy:
         self.set_timesteps(sample.num_steps, sample.height, sample.width, sample.shift)
 
     def set_timesteps(self, num_steps, height=0, width=0, shift=0.0):
-        """Sets the scheduler to `num_steps` denoising steps of a picture of height x width pixels (0: the model's own;
-        some flows have other noise levels for large pictures). shift: of a flow's noise levels, 0 for the model's own.
+        """Sets the scheduler to `num_steps` denoising steps of an image of height x width pixels (0: the model's own;
+        some flows have other noise levels for large images). shift: of a flow's noise levels, 0 for the model's own.
         Raises InputError if the model has not as many timesteps."""
         self.family.set_timesteps(num_steps, *self.latent_shape(height, width)[1:], shift, self.device)
 
@@ -248,7 +248,7 @@ class Policy:
             self.ema.restore(self.trainable_parameters())
 
     def latent_shape(self, height=0, width=0):
-        """(C, H, W) of the latent of a picture of height x width pixels; 0 is the model's own size."""
+        """(C, H, W) of the latent of an image of height x width pixels; 0 is the model's own size."""
         factor, unit = self.pipe.vae_scale_factor, self.family.unit
         pixels = [given or side * factor for given, side in zip((height, width), self.family.own_size)]
         for name, value in zip(("height", "width"), pixels):
@@ -258,7 +258,7 @@ class Policy:
         return (self.vae.config.latent_channels, *(p // factor for p in pixels))
 
     def noise_shape(self, sample):
-        """(T + 1, C, H, W) of the noise that a picture takes: the first latent, and T steps. sample: a config's."""
+        """(T + 1, C, H, W) of the noise that an image takes: the first latent, and T steps. sample: a config's."""
         return (sample.num_steps + 1, *self.latent_shape(sample.height, sample.width))
 
 

@@ -1,8 +1,8 @@
-"""A learned reward: features of a frozen network and a linear head, from ratings or from choices between pictures.
+"""A learned reward: features of a frozen network and a linear head, from ratings or from choices between images.
 
-Ratings y of pictures x: the head f is fitted by regression, min sum (f(x) - y)^2. Choices between a and b follow
+Ratings y of images x: the head f is fitted by regression, min sum (f(x) - y)^2. Choices between a and b follow
 Bradley and Terry (1952), P(a is chosen) = sigmoid(f(a) - f(b)); a tie counts as half a choice of each. Every vote of
-every rater is one term, so a picture or pair that several people judged weighs by their number.
+every rater is one term, so an image or pair that several people judged weighs by their number.
 
 A reward model is a folder: reward.json, head.safetensors, evaluation.json and evaluation.png. `scripts.train_reward`
 makes it, `--config.reward=learned:FOLDER` uses it.
@@ -62,7 +62,7 @@ def read_choices(paths, repeats=False):
     """The votes in JSONL files of `scripts.annotate`, oldest first, without those that were undone. What a rater said
     when a pair was asked a second time, to see how sure they are, is left out unless `repeats`.
 
-    Each is {"pair", "prompt", "left", "right", "choice": left, right, tie or skip, "rater"}; the pictures' paths are
+    Each is {"pair", "prompt", "left", "right", "choice": left, right, tie or skip, "rater"}; the images' paths are
     relative to the file's folder.
     """
     votes = {}
@@ -89,9 +89,9 @@ def read_ratings(path, images=""):
 
     Args:
         path: NAME.csv, NAME.jsonl, or AVA's NAME.txt ("index id n1 ... n10 tags").
-        images: folder of the pictures; default: the file's own.
+        images: folder of the images; default: the file's own.
     Raises:
-        InputError that names the line that does not fit, or if no picture is there. If some are not, their ratings
+        InputError that names the line that does not fit, or if no image is there. If some are not, their ratings
         are left out, and it says so.
     """
     folder = images or os.path.dirname(path)
@@ -119,16 +119,16 @@ def read_ratings(path, images=""):
             raise InputError(f"{path}, entry {number} has no image and score: {row} ({error})") from error
     there = {name for name, _, _ in ratings if os.path.isfile(name)}
     if not there:
-        raise InputError(f"{path}: none of its {len(ratings)} pictures is in {folder or '.'}, the first being "
+        raise InputError(f"{path}: none of its {len(ratings)} images is in {folder or '.'}, the first being "
                          f"{ratings[0][0] if ratings else 'none'}. Which folder holds them?")  # fmt: skip
     kept = [rating for rating in ratings if rating[0] in there]
     if len(kept) < len(ratings):
-        print(f"{len(ratings) - len(kept)} of {len(ratings)} ratings left out: no such pictures in {folder or '.'}")
+        print(f"{len(ratings) - len(kept)} of {len(ratings)} ratings left out: no such images in {folder or '.'}")
     return kept
 
 
 def picture_keys(paths):
-    """{path: a hash of the picture's pixels, or None if it cannot be read} of picture files."""
+    """{path: a hash of the image's pixels, or None if it cannot be read} of image files."""
 
     def key(path):
         try:
@@ -142,11 +142,11 @@ def picture_keys(paths):
 
 
 def cached_features(kind, network, paths, cache, device="cpu", precision="fp32", batch_size=32):
-    """Features (N, D), on the CPU, of N different picture files (see `ddpo.features.load_features`), from the folder
+    """Features (N, D), on the CPU, of N different image files (see `ddpo.features.load_features`), from the folder
     `cache` where they are known already.
 
     The cache goes by the files' content, the network's weights and its preprocessing, so it never returns those of
-    another picture or model of the same name.
+    another image or model of the same name.
     """
     embed, tensors = load_features(kind, network, device, precision)
     digest = hashlib.sha256(kind.encode())
@@ -176,7 +176,7 @@ def _open(path):
     try:
         return Image.open(path).convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's for damaged files
-        raise InputError(f"cannot read the picture {path}: {error}") from error
+        raise InputError(f"cannot read the image {path}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ the head
@@ -205,7 +205,7 @@ def fit_ridge(rows, target, ridge, choices, start=None):
 
         mean loss(rows w + bias, target) + ridge / 2 |w|^2
 
-    over rows (N, R): for choices, rows being differences of two pictures' features, loss is the cross-entropy of
+    over rows (N, R): for choices, rows being differences of two images' features, loss is the cross-entropy of
     Bradley and Terry, and the bias 0; for ratings half the squared error. Both are convex: there is one minimum.
     start: where the search begins.
     """
@@ -237,8 +237,8 @@ def vote_losses(predicted, target, choices):
 def folds(pictures, count, seed):
     """Yields (rows to train on, rows held out) for each of `count` parts of N votes on `pictures`, (N, 2) or (N,).
 
-    Votes on the same pictures are in one part, and training votes that share a picture with the part held out are left
-    out: else it would be measured on pictures that were trained on.
+    Votes on the same images are in one part, and training votes that share an image with the part held out are left
+    out: else it would be measured on images that were trained on.
     """
     pictures = pictures if pictures.ndim == 2 else pictures[:, None]
     groups = {}
@@ -273,11 +273,11 @@ def learn(features, index, target, seed=0):
         seed: of the folds.
     Returns:
         head: a Linear of D features, fitted to all votes.
-        held_out: (N,) what heads that had not seen a vote's pictures predict of it: f(left) - f(right), or the rating.
+        held_out: (N,) what heads that had not seen a vote's images predict of it: f(left) - f(right), or the rating.
             Their ridge, too, was chosen without them.
         ridge: the head's.
     Raises:
-        InputError if the votes share so many pictures that none can be held out.
+        InputError if the votes share so many images that none can be held out.
     """
     choices, index = index.ndim == 2, np.asarray(index)
     target = np.asarray(target, dtype=np.float64)
@@ -288,7 +288,7 @@ def learn(features, index, target, seed=0):
     for train, held in outer:
         inner = list(folds(index[train], FOLDS, seed))
         if min(len(part) for pair in inner for part in pair) < 1:
-            raise InputError("the votes share so many pictures that none can be held out: rate more different ones")
+            raise InputError("the votes share so many images that none can be held out: rate more different ones")
         ridge = choose_ridge(rows[train], target[train], inner, choices)
         w, bias = fit_ridge(rows[train], target[train], ridge, choices)
         held_out[held] = rows[held] @ w + bias
@@ -351,11 +351,11 @@ def evaluate_choices(margin, target, pictures=None, bins=5):
 def evaluate_ratings(predicted, target, pictures=None, bins=5):
     """What predictions (N,) say of ratings (N,) of `pictures` (N,), integers; by default one rating of each.
 
-    Returns a dict: `accuracy`, the share of picture pairs with different mean ratings that are put in the right order;
-    `accuracy_interval`, to either side 1.96 standard deviations that this share has for n pictures in random order
+    Returns a dict: `accuracy`, the share of image pairs with different mean ratings that are put in the right order;
+    `accuracy_interval`, to either side 1.96 standard deviations that this share has for n images in random order
     (Kendall's tau, 2 accuracy - 1, then has the variance 2 (2n + 5) / (9n (n - 1)));
-    `rank_correlation` (Spearman) of the pictures' means; and of the single ratings `rmse`; `r2`; `calibration`, a list
-    of (mean prediction, mean rating, pictures) over bins of equally many; and `calibration_error`, their mean distance.
+    `rank_correlation` (Spearman) of the images' means; and of the single ratings `rmse`; `r2`; `calibration`, a list
+    of (mean prediction, mean rating, images) over bins of equally many; and `calibration_error`, their mean distance.
     What cannot be told from ratings that are all the same is None.
     """
     _, place, count = np.unique(
@@ -363,7 +363,7 @@ def evaluate_ratings(predicted, target, pictures=None, bins=5):
     )
     means, truth = (np.bincount(place, values) / count for values in (predicted, target))
     right = different = 0
-    for i in range(len(truth)):  # row by row: all pairs of AVA's pictures would fill the memory
+    for i in range(len(truth)):  # row by row: all pairs of AVA's images would fill the memory
         order = np.sign(means[i + 1 :] - means[i]) * np.sign(truth[i + 1 :] - truth[i])
         right, different = right + (order > 0).sum(), different + (truth[i + 1 :] != truth[i]).sum()
     n, accuracy = len(truth), float(right / different) if different else None
@@ -443,7 +443,7 @@ def load_reward_model(folder, device="cpu", precision="fp32", batch_size=32):
     head.to(device).requires_grad_(False)
 
     def learned(images, prompts, metadata):
-        """The head's value of each picture, in the unit of the ratings, or in nats of preference for choices."""
+        """The head's value of each image, in the unit of the ratings, or in nats of preference for choices."""
         return head(embed(images, batch_size)).squeeze(-1).cpu().numpy(), {}
 
     return learned

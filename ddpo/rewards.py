@@ -56,7 +56,7 @@ def jpeg_compressibility(images, prompts, metadata):
 
 
 def load_aesthetic(model, device, options):
-    """The LAION aesthetic predictor: an affine function, in five layers, of the picture's unit CLIP ViT-L/14 embedding.
+    """The LAION aesthetic predictor: an affine function, in five layers, of the image's unit CLIP ViT-L/14 embedding.
     About 1 to 10. model: the head's file; default: from the hub."""
     repository, file = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
     try:
@@ -80,7 +80,7 @@ def load_aesthetic(model, device, options):
     layers.to(device).requires_grad_(False)
 
     def aesthetic(images, prompts, metadata):
-        """The aesthetic score of each picture, whatever its prompt."""
+        """The aesthetic score of each image, whatever its prompt."""
         values = embed_images(clip, images, options.batch_size)
         for layer in layers.values():
             values = layer(values)
@@ -100,7 +100,7 @@ def load_clipscore(model, device, options):
     clip = load_clip(model or "openai/clip-vit-large-patch14", device, options.precision)
 
     def clipscore(images, prompts, metadata):
-        """2.5 max(cos, 0) of picture and prompt."""
+        """2.5 max(cos, 0) of image and prompt."""
         return 2.5 * cosine(clip, images, prompts, options.batch_size).clamp_min(0).numpy(), {}
 
     clipscore.check = within_length(clip)
@@ -114,7 +114,7 @@ def load_pickscore(model, device, options):
     clip = load_clip(model or "yuvalkirstain/PickScore_v1", device, options.precision, processor)
 
     def pickscore(images, prompts, metadata):
-        """exp(logit_scale) cos of picture and prompt."""
+        """exp(logit_scale) cos of image and prompt."""
         scale = clip[0].logit_scale.float().exp().cpu()
         return (scale * cosine(clip, images, prompts, options.batch_size)).numpy(), {}
 
@@ -142,7 +142,7 @@ def load_hpsv2(model, device, options):
     clip = network.to(device, dtype).eval().requires_grad_(False), processor
 
     def hpsv2(images, prompts, metadata):
-        """The cosine of picture and prompt."""
+        """The cosine of image and prompt."""
         return cosine(clip, images, prompts, options.batch_size).numpy(), {}
 
     hpsv2.check = within_length(clip)
@@ -309,17 +309,17 @@ def compute_rewards(reward, images, prompts, metadata, timeout=0):
 
 
 class RewardQueue:
-    """Scores the pictures of an epoch batch by batch, in the background while the next ones are sampled; on a CPU,
+    """Scores the images of an epoch batch by batch, in the background while the next ones are sampled; on a CPU,
     whose cores are busy, at once. A failure is kept for `errors`."""
 
     def __init__(self, reward, prompts, metadata, timeout, device, clock):
-        """prompts, metadata: of all N pictures. timeout: of a batch, see `compute_rewards`. clock: a Stopwatch."""
+        """prompts, metadata: of all N images. timeout: of a batch, see `compute_rewards`. clock: a Stopwatch."""
         self._reward, self._prompts, self._metadata, self._timeout = reward, prompts, metadata, timeout
         self._wait, self._clock = device.type == "cpu", clock
         self._thread, self._batches = ThreadPoolExecutor(1), []
 
     def put(self, first, images):
-        """Takes the pictures from index `first` on."""
+        """Takes the images from index `first` on."""
         batch = slice(first, first + len(images))
         arguments = self._reward, images, self._prompts[batch], self._metadata[batch], self._timeout
         self._batches.append(self._thread.submit(compute_rewards, *arguments))
@@ -349,7 +349,7 @@ class RewardQueue:
         return []
 
     def result(self):
-        """rewards (N,) float32 and info, {name: (N,)}, in the order of the pictures."""
+        """rewards (N,) float32 and info, {name: (N,)}, in the order of the images."""
         scored = [batch.result() for batch in self._batches]
         rewards = np.concatenate([values for values, _ in scored])
         return rewards, {key: np.concatenate([info[key] for _, info in scored]) for key in scored[0][1]}

@@ -52,11 +52,11 @@ class Run:
         self.accelerator.print(message)
 
     def start(self, policy, optimizer, tracker, prompt_set, evaluate=None):
-        """Resumes from the newest checkpoint, if `config.resume` says so, and writes the first files and pictures.
+        """Resumes from the newest checkpoint, if `config.resume` says so, and writes the first files and images.
 
         Args:
             policy, optimizer, tracker: what a checkpoint holds.
-            prompt_set: the (prompt, metadata) pairs, for the picture grids.
+            prompt_set: the (prompt, metadata) pairs, for the image grids.
             evaluate: function without arguments that measures the policy, or None.
         """
         config, self.policy, self.optimizer, self.tracker = self.config, policy, optimizer, tracker
@@ -199,7 +199,7 @@ class Run:
         return self.done > 0
 
     def _look(self, epoch, grid, measure):
-        """Draws and measures pictures of the same prompts and noise as in every epoch."""
+        """Draws and measures images of the same prompts and noise as in every epoch."""
         config, measure = self.config, measure and self.evaluate
         grid = grid and (self.is_main or self.policy.sharding)  # whose passes all processes make
         with self.policy.averaged() if grid or measure else contextlib.nullcontext():

@@ -42,7 +42,7 @@ def _has_wandb_key():
 
 class Stopwatch:
     """Seconds of an epoch and of its phases. `lap` is called where the device has been waited for, as the loop does
-    to read pictures, rewards and gradient norms: it costs no synchronisation of its own."""
+    to read images, rewards and gradient norms: it costs no synchronisation of its own."""
 
     def __init__(self):
         self.start = self.last = time.perf_counter()

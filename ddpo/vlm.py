@@ -5,8 +5,8 @@ with transformers; `alignment:http://HOST:PORT/v1` asks any server that speaks O
 serve, vLLM, SGLang, llama.cpp, ...). Without a name it is the paper's LLaVA 13B. The server's key, if it wants one, is
 the environment variable OPENAI_API_KEY; it is sent to that address alone, since redirects are refused.
 
-An answer that is empty, refused, filtered or cut off is unusable, which is not the same as wrong: its picture gets the
-mean reward of the others in its batch, so that it teaches nothing, and `vlm_unusable` logs the share of such pictures.
+An answer that is empty, refused, filtered or cut off is unusable, which is not the same as wrong: its image gets the
+mean reward of the others in its batch, so that it teaches nothing, and `vlm_unusable` logs the share of such images.
 
 Deviation from the paper: its server held LLaVA and BERTScore; here BERTScore runs beside the training.
 """
@@ -71,7 +71,7 @@ def load_vlm(model, device="cpu", precision="fp32", batch_size=32, vlm_name="", 
         timeout: seconds that one request may take in all.
         concurrency: requests at a time.
     Raises:
-        InputError if there is no such model or server. `ask` raises one that names the picture that failed.
+        InputError if there is no such model or server. `ask` raises one that names the image that failed.
     """
     if model.startswith(("http://", "https://")):
         address = model.rstrip("/")
@@ -164,7 +164,7 @@ def open_client(address, timeout, attempts):
 
 
 async def ask_server(address, model, timeout, concurrency, images, questions):
-    """The answers of an OpenAI-compatible server: JSON with the picture as a data URL."""
+    """The answers of an OpenAI-compatible server: JSON with the image as a data URL."""
     free = asyncio.Semaphore(concurrency)
 
     async def ask(i):
@@ -178,14 +178,14 @@ async def ask_server(address, model, timeout, concurrency, images, questions):
                 )
         except openai.OpenAIError as error:
             raise InputError(
-                f"{address} failed on picture {i} of {len(images)} ({shorten(questions[i])}) after {ATTEMPTS} "
+                f"{address} failed on image {i} of {len(images)} ({shorten(questions[i])}) after {ATTEMPTS} "
                 f"attempts at most: {describe(error)}"
             ) from error
         try:
             choice = answer.choices[0]
             return read_answer(choice.message.content, choice.finish_reason, choice.message.refusal)
         except (IndexError, TypeError, AttributeError) as error:
-            raise InputError(f"{address} answered picture {i} with no message: {one_line(answer)}") from error
+            raise InputError(f"{address} answered image {i} with no message: {one_line(answer)}") from error
 
     async with open_client(address, timeout, ATTEMPTS) as client:
         tasks = [asyncio.create_task(ask(i)) for i in range(len(images))]
@@ -307,13 +307,13 @@ def load_counting(model, device, options):
 
 
 def check_usable(answers, max_unusable):
-    """(B,) bool: whether all answers about a picture can be used. answers: B lists of Answers. Raises InputError if
-    more than a share `max_unusable` of the pictures, or every one, has an answer that cannot."""
+    """(B,) bool: whether all answers about an image can be used. answers: B lists of Answers. Raises InputError if
+    more than a share `max_unusable` of the images, or every one, has an answer that cannot."""
     usable = np.array([not any(answer.problem for answer in own) for own in answers])
     if not usable.any() or np.mean(~usable) > max_unusable:
         example = next(answer for own in answers for answer in own if answer.problem)
         raise InputError(
-            f"the vision-language model gave no usable answer for {np.sum(~usable)} of {len(usable)} pictures "
+            f"the vision-language model gave no usable answer for {np.sum(~usable)} of {len(usable)} images "
             f"(reward_options.max_unusable = {max_unusable:g}); the first was {example.problem}: "
             f"{shorten(example.text)}"
         )
@@ -321,7 +321,7 @@ def check_usable(answers, max_unusable):
 
 
 def fill(values, usable):
-    """(B,) float32 of the values of the usable pictures, their mean standing in for the others'."""
+    """(B,) float32 of the values of the usable images, their mean standing in for the others'."""
     filled = np.full(len(usable), np.mean(values), dtype=np.float32)
     filled[usable] = values
     return filled

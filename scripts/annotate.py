@@ -1,16 +1,16 @@
-"""Makes pairs of pictures and asks people which one they like better, in a browser.
+"""Makes pairs of images and asks people which one they like better, in a browser.
 
     python -m scripts.annotate --config config/emoji.py --pairs 500      (a preset's base model, or another --model)
     python -m scripts.annotate --run runs/NAME --prompts "a cat" "a dog" (a finetuned one)
-    python -m scripts.annotate --images FOLDER                           (pictures that exist)
+    python -m scripts.annotate --images FOLDER                           (images that exist)
 
 Everything lands in --output: images/ and pairs.jsonl, made first, and choices.jsonl, to which each click is appended
 and flushed to disk at once. Start it again and every rater goes on where they stopped, each under their name. Then:
 
     python -m scripts.train_reward --choices OUTPUT/choices.jsonl --output runs/my-reward
 
-Two pictures of a pair share their prompt, not their noise. With --images, FOLDER/NAME.txt is the caption of
-FOLDER/NAME.png, and only pictures of the same caption are compared. Which one stands left is drawn for each rater.
+Two images of a pair share their prompt, not their noise. With --images, FOLDER/NAME.txt is the caption of
+FOLDER/NAME.png, and only images of the same caption are compared. Which one stands left is drawn for each rater.
 Keys: left and right arrow, down for a tie, s to skip, u to undo. One pair in ten is asked a second time with its sides
 swapped; how often the two answers agree is shown at the end. The second answers say "repeat": true in choices.jsonl and
 are not trained on.
@@ -86,9 +86,9 @@ def draw_pairs(policy, prompt_set, output, first, count, sample, seed=0):
 
 
 def pair_up(folder, output, pairs, count, seed=0):
-    """Pairs the pictures of a folder, those of one caption with each other, and appends to OUTPUT/pairs.jsonl, which
-    has `pairs` already, until it has `count`: captions mixed, and the pictures least used so far first. Raises
-    InputError if no two pictures can be compared."""
+    """Pairs the images of a folder, those of one caption with each other, and appends to OUTPUT/pairs.jsonl, which
+    has `pairs` already, until it has `count`: captions mixed, and the images least used so far first. Raises
+    InputError if no two images can be compared."""
     if not os.path.isdir(folder):
         raise InputError(f"--images {folder}: there is no such folder")
     captions = {}
@@ -97,7 +97,7 @@ def pair_up(folder, output, pairs, count, seed=0):
         caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.exists() else ""
         captions.setdefault(caption, []).append(str(path))
     if not any(len(paths) > 1 for paths in captions.values()):
-        raise InputError(f"--images {folder}: it has no two pictures ({', '.join(PICTURES)}) with the same caption")
+        raise InputError(f"--images {folder}: it has no two images ({', '.join(PICTURES)}) with the same caption")
     pairs, first, before = list(pairs), len(pairs), -1
     rng, seen = random.Random(f"{seed}/{first}"), {tuple(sorted(pair["images"])) for pair in pairs}
     used = Counter(name for pair in pairs for name in pair["images"])
@@ -119,7 +119,7 @@ def pair_up(folder, output, pairs, count, seed=0):
 
 def read_pairs(path):
     """The pairs of a pairs.jsonl; none if there is no such file. Raises InputError that names a line that is not the
-    pair that should stand there, or a picture that is missing."""
+    pair that should stand there, or an image that is missing."""
     pairs = read_jsonl(path) if path.exists() else []
     for i, pair in enumerate(pairs):
         try:
@@ -130,13 +130,13 @@ def read_pairs(path):
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: {pair} is not a pair of scripts.annotate ({error})") from error
         if missing:
-            raise InputError(f"{path}: the picture {missing} of pair {i} is not there")
+            raise InputError(f"{path}: the image {missing} of pair {i} is not there")
     return pairs
 
 
 # -------------------------------------------------------------------------------------------------------- the choices
 def shown(pair, rater, repeat=False):
-    """(left, right) picture of a pair for this rater: the sides are drawn, so that a habit of choosing one side
+    """(left, right) image of a pair for this rater: the sides are drawn, so that a habit of choosing one side
     is not learned. The second time they are swapped."""
     swap = hashlib.sha256(f"{rater}/{pair['pair']}".encode()).digest()[0] % 2 != repeat
     return pair["images"][::-1] if swap else list(pair["images"])
@@ -174,7 +174,7 @@ def summarize(answers):
     """Sentences on how carefully a rater answered, from {(pair, repeat): choice}."""
     sentences, left, right = [], *(list(answers.values()).count(side) for side in ("left", "right"))
     if clear := left + right:
-        share = f"The left picture (on a phone, the upper) was chosen in {left / clear:.0%} of {clear} clear choices."
+        share = f"The left image (on a phone, the upper) was chosen in {left / clear:.0%} of {clear} clear choices."
         sentences.append(f"{share} Sides are drawn by chance: far from half is a habit.")
     both = [(answers.get((pair, False)), choice) for (pair, repeat), choice in answers.items() if repeat]
     both = [choices for choices in both if None not in choices and "skip" not in choices]
@@ -252,7 +252,7 @@ def is_address_or(names, host):
 
 
 def make_app(votes, host, names):
-    """The web application. GET / is the page, /state?rater=NAME what to show, /image/PAIR/0 or 1 a picture; POST
+    """The web application. GET / is the page, /state?rater=NAME what to show, /image/PAIR/0 or 1 an image; POST
     /choice takes {rater, pair, choice, ticket}, where a script may leave the ticket out.
 
     Args:
@@ -271,7 +271,7 @@ def make_app(votes, host, names):
         if origin[0] and origin[2] != host and origin[2].partition(":")[0] not in names:
             return JSONResponse({"detail": "only the page of this server may post here"}, 403)
         response = await call_next(request)
-        response.headers["Cache-Control"] = "no-store"  # the next folder on this port has pictures of the same names
+        response.headers["Cache-Control"] = "no-store"  # the next folder on this port has images of the same names
         return response
 
     @app.get("/")
@@ -333,7 +333,7 @@ def serve(votes, host, port, names):
 
 
 def check_source(args, output, drawing):
-    """Raises InputError if the pairs in a folder are of other pictures than those asked for; OUTPUT/source.json says
+    """Raises InputError if the pairs in a folder are of other images than those asked for; OUTPUT/source.json says
     what they are of. If none are to be drawn, an older checkpoint's will do."""
     path = output / "source.json"
     source = {key: getattr(args, key) for key in ("run", "config", "model", "prompts", "seed")}
@@ -348,14 +348,14 @@ def check_source(args, output, drawing):
 
 
 def check_pictures(pairs, output, images):
-    """Raises InputError if a pair names a picture outside the folder, or outside --images: a folder that came from
+    """Raises InputError if a pair names an image outside the folder, or outside --images: a folder that came from
     elsewhere must not make this server show other files of this machine."""
     folder, images = output.resolve(), images and Path(images).resolve()
     for pair in pairs:
         for path in (output / name for name in pair["images"]):
             named = images and Path(os.path.normpath(path)).is_relative_to(images)  # links there are the user's own
             if not named and not path.resolve().is_relative_to(folder):
-                raise InputError(f"{output / 'pairs.jsonl'}: the picture {path} of pair {pair['pair']} lies outside "
+                raise InputError(f"{output / 'pairs.jsonl'}: the image {path} of pair {pair['pair']} lies outside "
                                  f"{output}{f' and --images {images}' if images else ''}")  # fmt: skip
 
 
@@ -391,9 +391,9 @@ def open_model(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", default="", help="a run's folder: pictures of its newest checkpoint")
-    source.add_argument("--config", default="", help="a preset: pictures of its base model, drawn with its options")
-    source.add_argument("--images", default="", help="a folder of pictures")
+    source.add_argument("--run", default="", help="a run's folder: images of its newest checkpoint")
+    source.add_argument("--config", default="", help="a preset: images of its base model, drawn with its options")
+    source.add_argument("--images", default="", help="a folder of images")
     parser.add_argument("--model", default="", help="with --config: another base model, folder or hub name")
     parser.add_argument(
         "--prompts", nargs="+", default=[], help="a prompt set, a text file, or prompts; default: the run's or preset's"

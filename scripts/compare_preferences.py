@@ -6,10 +6,10 @@
     python -m scripts.compare_preferences --draw                                 # table and figure alone
 
     dpo          Diffusion-DPO on the choices (scripts.train_dpo)
-    sft          supervised finetuning on the chosen pictures, the baseline
+    sft          supervised finetuning on the chosen images, the baseline
     reward_ddpo  a reward model (scripts.train_reward), and DDPO on it
     dpo_ddpo     some epochs of DPO, its LoRA merged into the base model, then DDPO with the reward model
-    dpo_rounds   DPO in three rounds: each shows the rater new pictures, of the model as it is by then, for a third of
+    dpo_rounds   DPO in three rounds: each shows the rater new images, of the model as it is by then, for a third of
                  the choices, and goes on with all choices so far
 
 A rater is scripts.simulate_rater with a seed of its own, which is that of all training, too; fewer choices are the
@@ -74,7 +74,7 @@ def run_step(method, count, rater, args):
     epochs, commands, needs = args.epochs or EPOCHS[method], [], [f"votes-{case}"]
     options = [f"--config.seed={rater}", "--config.threads=1"]
     options += [f"--config.save_every={np.gcd.reduce(epochs)}", "--config.keep_checkpoints=0", "--config.grid_every=0"]
-    if torch.cuda.is_available():  # all pictures of an epoch at once, and all transitions, or pairs, of an update
+    if torch.cuda.is_available():  # all images of an epoch at once, and all transitions, or pairs, of an update
         options += ["--config.sample.batch_size=128", "--config.train.batch_size=80"]
     options += [f"--config.{pair}" for pair in args.options]
     if method in ("dpo", "sft"):
@@ -148,7 +148,7 @@ def collect_step(step, seconds, args, machine):
 
 # ---------------------------------------------------------------------------------------------------------- the figure
 def gains(line):
-    """{epoch: (rise of the true taste in standard deviations of the base model's pictures, share named)} of a run.
+    """{epoch: (rise of the true taste in standard deviations of the base model's images, share named)} of a run.
     The base model is that of the first method, also where DDPO began from a model that DPO had made."""
     return {
         int(epoch): ((m["finetuned"]["taste"] - line["base"]["taste"]) / line["base"]["taste_std"],
@@ -158,7 +158,7 @@ def gains(line):
 
 
 def read_runs(path):
-    """The lines of the results, each with "base", what the base model's own pictures measure, if they were compared."""
+    """The lines of the results, each with "base", what the base model's own images measure, if they were compared."""
     lines = list(read_results(path).values())
     base = next((m["base"] for line in lines if line.get("method") != "dpo_ddpo" for m in line["taste"].values()), None)
     if base is None:

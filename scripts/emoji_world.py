@@ -1,11 +1,11 @@
-"""The emoji world: small pictures with captions, on which the embedded Stable Diffusion was trained.
+"""The emoji world: small images with captions, on which the embedded Stable Diffusion was trained.
 
 One of the paper's 45 common animals, drawn with its glyph from a colour emoji font, stands on a background of a named
-texture and colour; in some pictures it also does one of the paper's three activities, shown by a second glyph. The
+texture and colour; in some images it also does one of the paper's three activities, shown by a second glyph. The
 caption may leave the background unsaid, so "a cat" covers every background: a policy that is paid for small files
 can learn to choose plain ones, one that is paid for large files textured ones.
 
-Only `scripts.make_emoji_model` draws pictures, and only that needs the font (Debian: fonts-noto-color-emoji). The names
+Only `scripts.make_emoji_model` draws images, and only that needs the font (Debian: fonts-noto-color-emoji). The names
 below are also the embedded model's vocabulary.
 """
 
@@ -37,20 +37,20 @@ COLOURS = {
     "pink": (240, 168, 196), "brown": (164, 124, 96),
 }  # fmt: skip
 
-# Animal x activity pairs that no training picture shows: five per activity, to test generalisation on.
+# Animal x activity pairs that no training image shows: five per activity, to test generalisation on.
 HELD_OUT = {
     "riding a bike": ("cat", "tiger", "duck", "bear", "pig"),
     "playing chess": ("dog", "rabbit", "snake", "lion", "bee"),
     "washing the dishes": ("monkey", "fox", "frog", "raccoon", "turtle"),
 }
 
-ACTIVITY_FREQUENCY = 0.3  # share of pictures with a second object
+ACTIVITY_FREQUENCY = 0.3  # share of images with a second object
 NAMED_BACKGROUND_FREQUENCY = 0.35  # share of captions that say the background, if there is no activity
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `activity` is "" for an animal alone."""
+    """What an image shows. `activity` is "" for an animal alone."""
 
     animal: str
     activity: str

@@ -5,9 +5,9 @@ with --config.evaluate.every=5).
 
 On prompts that the run has trained on and on others, sampled stochastically as in training and deterministically (eta
 0): the run's own reward; rewards that it was not trained on, which is where overoptimisation shows; diversity, the mean
-cosine distance between the CLIP embeddings of pictures of the same prompt; and the share of pictures in which a
+cosine distance between the CLIP embeddings of images of the same prompt; and the share of images in which a
 classifier, which no reward uses, names the animal. --guidance_scale 2 asks what a policy trained without guidance draws
-with it. Writes RUN/evaluation.json and RUN/images/evaluation.png, a row of base pictures above each row of finetuned.
+with it. Writes RUN/evaluation.json and RUN/images/evaluation.png, a row of base images above each row of finetuned.
 
 --rl_scale 0 0.5 1 1.5 2 measures base + s (finetuned - base), see scripts.sample, in place of these two, and draws the
 frontier along s, animals named against the run's reward, to RUN/images/frontier.png.
@@ -52,7 +52,7 @@ def main():
     other = "prompt set; default: what the run's held_out kept from training, or animal_activities or common_animals"
     parser.add_argument("--held_out", default="", help=other)
     parser.add_argument("--limit", type=at_least(1), default=45, help="at most this many prompts of each kind")
-    parser.add_argument("--count", type=at_least(1), default=4, help="pictures per prompt, at least 2")
+    parser.add_argument("--count", type=at_least(1), default=4, help="images per prompt, at least 2")
     parser.add_argument("--rewards", nargs="*", default=[], help="to measure besides the run's own")
     parser.add_argument("--seed", type=seed, default=0, help="of the noise; runs use 0 for their own")
     parser.add_argument("--guidance_scale", type=at_least(0, float), default=0, help="default: the run's")
@@ -63,7 +63,7 @@ def main():
     parser.add_argument("--classifier", default="models/emoji/classifier", help="classifier of animals; empty: none")
     args = parser.parse_args()
     if args.count < 2:
-        raise InputError(f"--count {args.count}: diversity takes at least 2 pictures of each prompt")
+        raise InputError(f"--count {args.count}: diversity takes at least 2 images of each prompt")
 
     config, policy, folder = open_run(args.run, args.checkpoint)
     output, pictures_at = args.output or f"{args.run}/evaluation.json", f"{args.run}/images/evaluation.png"

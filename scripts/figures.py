@@ -44,7 +44,7 @@ class Job:
     """A finished run of a sweep."""
 
     def __init__(self, line, pictures):
-        """line: of the sweep's results. pictures: {curve: {epoch: picture grid}} of the first seed."""
+        """line: of the sweep's results. pictures: {curve: {epoch: image grid}} of the first seed."""
         name = re.fullmatch(r"([^-]+)-(.+)-lr(.+)-seed(\d+)", line["run"]).groups()
         self.panel, self.curve, self.rate, self.seed = *name[:2], float(name[2]), int(name[3])
         self.metrics, self.evaluations, self.facts = line["metrics"], line["evaluations"], line
@@ -96,7 +96,7 @@ def rewards_of(jobs):
 
 
 def grid_pictures(grid, count, ratio=1.0):
-    """The pictures in a run's picture grid of `count` (ddpo/images.py: image_grid). ratio: of height to width."""
+    """The images in a run's image grid of `count` (ddpo/images.py: image_grid). ratio: of height to width."""
     columns = grid_columns(count)
     width, height = grid.width // columns, grid.height // -(-count // columns)
     corners = [(i % columns * width, i // columns * height) for i in range(count)]
@@ -104,7 +104,7 @@ def grid_pictures(grid, count, ratio=1.0):
 
 
 def show(axes, job, epoch, indices, title):
-    """Some pictures of a job's picture grid after so many epochs, below each other."""
+    """Some images of a job's image grid after so many epochs, below each other."""
     height, width = job.options["sample.height"], job.options["sample.width"]  # 0, 0: the model's own, a square
     pictures = grid_pictures(job.grids[epoch], job.options["grid_images"], height / width if height and width else 1.0)
     axes.imshow(np.concatenate([np.asarray(pictures[i]) for i in indices]))
@@ -113,7 +113,7 @@ def show(axes, job, epoch, indices, title):
 
 
 def draw_over_training(axes_of, job, indices):
-    """Pictures of the same prompts and noise over training: an axes for each grid of a job."""
+    """Images of the same prompts and noise over training: an axes for each grid of a job."""
     epochs = list(job.grids)
     for axes, step in zip(axes_of, np.linspace(0, len(epochs) - 1, len(axes_of)).round().astype(int)):
         queries = epochs[step] * job.options["sample.images_per_epoch"]
@@ -172,7 +172,7 @@ def draw_gains(axes, jobs, x_of, colour):
 
 
 def draw_fig5(jobs):
-    """Alignment over training, a curve per activity; below, pictures of the same prompts and noise."""
+    """Alignment over training, a curve per activity; below, images of the same prompts and noise."""
     figure = plt.figure(figsize=(6, 5.4), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1.2, 1])
     panels = above.subplots(1, 2, sharey=True)
@@ -220,7 +220,7 @@ def draw_fig6(aligned, compressed):
 
 
 def draw_fig7(jobs):
-    """The preset, and what it prevents: the reward, and what it was not trained on; pictures of the same noise below.
+    """The preset, and what it prevents: the reward, and what it was not trained on; images of the same noise below.
     Animals held out from training are dashed."""
     curves = by_curve(jobs, jobs[0].panel)
     figure = plt.figure(figsize=(9, 5), layout="constrained")
@@ -295,7 +295,7 @@ def draw_frontier():
     """What each setting of results/working_point gained, against the animals that a classifier still names: a line per
     run, from the base model on, a dot per evaluation. Prints the gain at which 95% are named."""
     figure, panels = plt.subplots(1, 3, figsize=(12, 6.2), sharey=True, layout="constrained")
-    titles = ("without guidance", "guided, on the denoising steps", "guided, on the finished picture")
+    titles = ("without guidance", "guided, on the denoising steps", "guided, on the finished image")
     for axes, title in zip(panels, titles):
         axes.set_prop_cycle(color=plt.cm.tab20.colors)
         axes.set(title=title, xlabel="gain in reward, % of the base model's JPEG size")

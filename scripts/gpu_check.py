@@ -102,14 +102,14 @@ def ceilings(device):
 
 
 class Work:
-    """Sampling and training of `batch_size` pictures by a policy, as train.py does both."""
+    """Sampling and training of `batch_size` images by a policy, as train.py does both."""
 
     def __init__(self, policy, batch_size):
         self.policy, self.batch_size, self.config = policy, batch_size, get_config()
-        self.prompts = [f"a picture of {i}" for i in range(batch_size)]
+        self.prompts = [f"an image of {i}" for i in range(batch_size)]
 
     def sample(self, steps):
-        """Trajectories of so many steps, and the pictures decoded."""
+        """Trajectories of so many steps, and the images decoded."""
         self.policy.set_timesteps(steps)
         shape = (steps + 1, *self.policy.latent_shape())
         return sample_with_logprob(
@@ -320,7 +320,7 @@ def sampling_ms(work):
 
 
 def cost(policy, batch_size):
-    """What a denoising step and a training pass of `batch_size` pictures cost, both guided; pictures a second of as
+    """What a denoising step and a training pass of `batch_size` images cost, both guided; images a second of as
     many steps as config/base.py has, all of them trained on."""
     device, work = policy.device, Work(policy, batch_size)
     work.sample(STEPS[0])

@@ -3,7 +3,7 @@
     apt-get install fonts-noto-color-emoji
     python -m scripts.make_emoji_model
 
-Pictures, tokenizer, classifier, VAE, latents, UNet with its text encoder, CLIP, one after another. What takes time is
+Images, tokenizer, classifier, VAE, latents, UNet with its text encoder, CLIP, one after another. What takes time is
 kept in --work: a finished stage is not done again, and a stopped one goes on. Then everything is saved under --output
 in half precision, with grids to look at, and the figures of that folder's README are measured and printed
 (--report_only: just those).
@@ -57,24 +57,24 @@ from scripts import emoji_world as world
 from scripts.make_random_model import make_scheduler
 
 MAX_TOKENS = 24  # the longest caption has 9
-FLOW_TOKENS = 15  # of emoji-flow, where a token of text costs as much as a patch of the picture
-VALIDATION_SEED = 1_000_000  # pictures drawn with this seed are never trained on
+FLOW_TOKENS = 15  # of emoji-flow, where a token of text costs as much as a patch of the image
+VALIDATION_SEED = 1_000_000  # images drawn with this seed are never trained on
 ANIMALS = list(world.ANIMALS)
 TO_CLIP = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # the [-1, 1] of the VAE, for CLIP and classifier too
 
 
-# ---------------------------------------------------------------------------------------------------- pictures, words
+# ---------------------------------------------------------------------------------------------------- images, words
 
 
 def draw_picture(index, seed):
-    """Scene and (SIZE, SIZE, 3) uint8 picture number `index` of the data set of that seed."""
+    """Scene and (SIZE, SIZE, 3) uint8 image number `index` of the data set of that seed."""
     rng = np.random.default_rng((seed, index))
     scene = world.sample_scene(rng)
     return scene, np.asarray(world.render(scene, rng))
 
 
 def draw_pictures(count, seed):
-    """(count, SIZE, SIZE, 3) uint8 pictures and their scenes, drawn by all cores."""
+    """(count, SIZE, SIZE, 3) uint8 images and their scenes, drawn by all cores."""
     with multiprocessing.Pool() as pool:
         jobs = pool.imap(functools.partial(draw_picture, seed=seed), range(count), chunksize=64)
         scenes, pictures = zip(*tqdm(jobs, "pictures", count))
@@ -198,7 +198,7 @@ def make_classifier(args, pictures, scenes):
     def loss_fn(rng, generator):
         index = rng.integers(len(pictures), size=64)
         x = to_tensor(pictures[index], args.device)
-        # Generated pictures are softer than drawn ones: train on blurred and noisy pictures too.
+        # Generated images are softer than drawn ones: train on blurred and noisy images too.
         small = F.interpolate(x, size=int(rng.integers(20, 65)), mode="area")
         x = F.interpolate(small, size=world.SIZE, mode="bilinear")
         x = x + rng.uniform(0, 0.2) * torch.randn(x.shape, generator=generator, device=args.device)
@@ -234,7 +234,7 @@ def make_vae(args, pictures):
 
 @torch.no_grad()
 def encode(vae, pictures, args):
-    """(2, B, C, H, W) float16: mean and standard deviation of the latents of all pictures, computed once and kept in
+    """(2, B, C, H, W) float16: mean and standard deviation of the latents of all images, computed once and kept in
     --work. Sets the VAE's scaling factor, which makes the latents' standard deviation 1."""
     path = os.path.join(args.work, "latents.pt")
     if os.path.exists(path):
@@ -255,7 +255,7 @@ def encode(vae, pictures, args):
 def make_unet(args, moments, scenes, scale, tokenizer):
     torch.manual_seed(args.seed)
     text_encoder = CLIPTextModel(text_config(tokenizer)).to(args.device)
-    # The 16x16 level has no attention: it costs half of all time there and the world's pictures do not need it.
+    # The 16x16 level has no attention: it costs half of all time there and the world's images do not need it.
     unet = UNet2DConditionModel(
         sample_size=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -412,7 +412,7 @@ def make_clip(args, pictures, scenes, tokenizer):
         x = x + rng.uniform(0, 0.1) * torch.randn(x.shape, generator=generator, device=args.device)
         ids = torch.stack([tokens[c] for c in captions]).to(args.device)
         logits = clip(input_ids=ids, pixel_values=x).logits_per_image.float()
-        # Two pictures of one batch may carry the same caption: both are right answers then.
+        # Two images of one batch may carry the same caption: both are right answers then.
         _, which = np.unique(captions, return_inverse=True)
         same = torch.from_numpy(which[:, None] == which[None]).to(args.device).float()
         target = same / same.sum(1, keepdim=True)
@@ -442,7 +442,7 @@ def text_config(tokenizer):
 
 @torch.no_grad()
 def report(args):
-    """Measures the saved models on pictures and noises that training never saw, and draws the grids."""
+    """Measures the saved models on images and noises that training never saw, and draws the grids."""
     pipe = StableDiffusionPipeline.from_pretrained(args.output, torch_dtype=torch.float32).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     classifier = ResNetForImageClassification.from_pretrained(f"{args.output}/classifier", dtype=torch.float32)
@@ -504,7 +504,7 @@ def report_flow(args):
     ).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     classifier = ResNetForImageClassification.from_pretrained(f"{args.base}/classifier", dtype=torch.float32)
-    use_joint_attention(pipe.transformer)  # the pipeline's own pictures in a third of the time
+    use_joint_attention(pipe.transformer)  # the pipeline's own images in a third of the time
     few_tokens = {"max_sequence_length": 1, "joint_attention_kwargs": {"repeats": T5_TOKENS}}
     result = {}
     drawings = judge_drawings(pipe, classifier.to(args.device).eval(), args, result, **few_tokens)
@@ -521,7 +521,7 @@ def report_flow(args):
 
 def judge_drawings(pipe, classifier, args, result, **options):
     """Draws each animal 8 times, and 15 with each activity. Adds to `result` what the classifier names; returns grids,
-    {file name: (pictures, columns)}."""
+    {file name: (images, columns)}."""
 
     def draw(prompts, seed):
         generator = torch.Generator(args.device).manual_seed(seed)
@@ -580,7 +580,7 @@ def main():
     parser.add_argument("--flow_learning_rate", type=at_least(0, float), default=1e-3)
     parser.add_argument("--save_every", type=at_least(1), default=250)
     parser.add_argument("--threads", type=at_least(1), default=cpu_cores(), help="CPU threads of torch")
-    parser.add_argument("--guidance_scale", type=at_least(1, float), default=3.0, help="of the report's pictures")
+    parser.add_argument("--guidance_scale", type=at_least(1, float), default=3.0, help="of the report's images")
     parser.add_argument("--report_only", action="store_true", help="measure what stands in --output")
     args = parser.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -621,7 +621,7 @@ def main():
 
 
 def main_flow(args):
-    """The same for the flow model: pictures, latents, transformer with its text encoders."""
+    """The same for the flow model: images, latents, transformer with its text encoders."""
     # SD3's pipeline adds the VAE's shift, which Stable Diffusion's does not know.
     vae = AutoencoderKL.from_pretrained(args.base, subfolder="vae", dtype=torch.float32).to(args.device)
     vae.register_to_config(shift_factor=0.0)
@@ -645,7 +645,7 @@ def load_in_float32(output, *folders):
 
 
 def load_pictures(args):
-    """The training pictures and scenes, drawn once and kept in --work."""
+    """The training images and scenes, drawn once and kept in --work."""
     path = os.path.join(args.work, f"pictures-{args.seed}-{args.pictures}.npz")
     if not os.path.exists(path):
         pictures, scenes = draw_pictures(args.pictures, args.seed)

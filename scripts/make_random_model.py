@@ -3,7 +3,7 @@ size.
 
     python -m scripts.make_random_model sd15 runs/sd15-random
 
-Its pictures are noise; its shapes, memory and speed are those of the real model. The tokenizer is the embedded model's.
+Its images are noise; its shapes, memory and speed are those of the real model. The tokenizer is the embedded model's.
 """
 
 import argparse

@@ -6,7 +6,7 @@
 In one step, the model itself draws a blur. Distillation trains it to draw in one step what its deterministic sampler
 draws in ten, with guidance, from the same noise. The loss is the squared distance of the latents plus that of the
 frozen UNet's features, down to its middle block. The generator predicts v instead of the noise: from pure noise, an
-error of the predicted noise becomes one of the picture that is 15 times as large. The prompts are the 45 animals.
+error of the predicted noise becomes one of the image that is 15 times as large. The prompts are the 45 animals.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def teach(args, policy):
     shape = (1, *policy.latent_shape())
     steps = torch.zeros(args.teacher_steps, *shape[1:])  # which take no noise
     latents = []
-    for i in trange(0, args.pairs, args.batch, desc="the teacher's pictures"):
+    for i in trange(0, args.pairs, args.batch, desc="the teacher's images"):
         part = prompts[i : i + args.batch]
         latents.append(sample_with_logprob(
             policy, part, lambda k: torch.cat([draw_noise(shape, args.seed, EPOCH, i + k), steps]),
@@ -94,7 +94,7 @@ def main():
     parser.add_argument("--lora", default="models/emoji-turbo", help="folder of the LoRA")
     parser.add_argument("--output", default="runs/emoji-turbo", help="where the generator goes")
     parser.add_argument("--distil", action="store_true", help="make the LoRA again")
-    parser.add_argument("--pairs", type=at_least(1), default=4096, help="noises and pictures from the teacher")
+    parser.add_argument("--pairs", type=at_least(1), default=4096, help="noises and images from the teacher")
     parser.add_argument("--teacher_steps", type=at_least(1), default=10)
     parser.add_argument("--guidance_scale", type=at_least(1, float), default=3.0, help="of the teacher")
     parser.add_argument("--steps", type=at_least(1), default=240)

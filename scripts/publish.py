@@ -3,7 +3,7 @@
     python -m scripts.publish --run runs/NAME --repo USER/NAME              (uploads)
     python -m scripts.publish --run runs/NAME --repo USER/NAME --dry-run    (only writes RUN/publish/, to look at)
 
-The card names the base model and its licence, the reward, the options, and shows the curve, the first and last picture
+The card names the base model and its licence, the reward, the options, and shows the curve, the first and last image
 grid and how to load the weights. The token is HF_TOKEN, or that of `hf auth login`. A repository that is made here is
 public unless --private.
 """
@@ -144,7 +144,7 @@ def write_card(run, config, kind, part, absent, repo, checkpoint, licence, folde
         when += f"\n({int(metrics['reward_queries'][-1]):,} reward queries)"
     else:
         name = {"dpo": "[Diffusion-DPO](https://arxiv.org/abs/2311.12908)", "sft": "on the chosen ones"}
-        how = f"on people's choices between two pictures ({name[config['choices_loss']]}, {method})."
+        how = f"on people's choices between two images ({name[config['choices_loss']]}, {method})."
     text = f"""---
 {json.dumps(header, indent=1)}
 ---
@@ -186,7 +186,7 @@ def is_transformer(checkpoint):
 
 
 def prepare(run, repo, checkpoint, licence, folder, base_model=""):
-    """Fills `folder` with what is uploaded: the card, its pictures, config.json of the run, the weights. base_model:
+    """Fills `folder` with what is uploaded: the card, its images, config.json of the run, the weights. base_model:
     the hub name of the base model, if the run had it from a folder."""
     try:
         config = json.loads(Path(run, "config.json").read_text())

@@ -1,5 +1,5 @@
 """The results that are committed: one file per sweep, a JSON line per finished run, and for those whose figure shows
-some, a PNG of picture grids.
+some, a PNG of image grids.
 
 run            its name
 options        those that differ from config/base.py, by dotted name
@@ -34,7 +34,7 @@ def read_results(path):
 
 
 def gain_while_named(evaluations, share=0.95, section="seen, stochastic"):
-    """The reward that a run gained while its pictures stayed what they are: at the point where the share of animals
+    """The reward that a run gained while its images stayed what they are: at the point where the share of animals
     that a classifier names first falls below `share`, by a straight line between evaluations; at the last evaluation
     if it never does, as where the base model is below it already.
 
@@ -93,7 +93,7 @@ def summarise(run_dir):
 
 
 def read_pictures(path):
-    """{curve: {epoch: its picture grid}} of a sweep's PNG; {} if there is no such file."""
+    """{curve: {epoch: its image grid}} of a sweep's PNG; {} if there is no such file."""
     if not os.path.exists(path):
         return {}
     montage = Image.open(path).convert("RGB")
@@ -109,7 +109,7 @@ def read_pictures(path):
 
 
 def add_pictures(path, curve, grids):
-    """Adds {epoch: picture grid} of a curve to a sweep's PNG, or replaces them there: a row per curve, a column per
+    """Adds {epoch: image grid} of a curve to a sweep's PNG, or replaces them there: a row per curve, a column per
     epoch, both named in the PNG's own text, as is the size of a curve's grids, which other versions drew larger."""
     rows = read_pictures(path) | {curve: grids}
     sizes = {name: next(iter(row.values())).size for name, row in rows.items()}

@@ -58,7 +58,7 @@ def at_scales(policy, folder, scales=(0.0, 1.0)):
 
 
 def draw_at_scales(policy, folder, texts, sample, seed, scales=(0.0, 1.0)):
-    """Draws one picture per text at each scale of `at_scales`: (name, PIL images). The noise of picture i is that of
+    """Draws one image per text at each scale of `at_scales`: (name, PIL images). The noise of image i is that of
     generator seed + i. sample: a run's config.sample."""
     policy.prepare_sampling(sample)
     shape = policy.noise_shape(sample)
@@ -76,7 +76,7 @@ def main():
     parser.add_argument("--run", required=True, help="a run's folder")
     parser.add_argument("--checkpoint", default="", help="a name in RUN/checkpoints; default: the newest")
     parser.add_argument("--prompts", nargs="+", default=["a cat", "a dog", "a horse", "a butterfly"])
-    parser.add_argument("--count", type=at_least(1), default=8, help="pictures per prompt")
+    parser.add_argument("--count", type=at_least(1), default=8, help="images per prompt")
     parser.add_argument("--steps", type=at_least(0), default=0, help="denoising steps; default: the run's")
     parser.add_argument("--guidance_scale", type=at_least(0, float), default=0, help="default: the run's")
     parser.add_argument("--eta", type=at_least(-1, float), default=-1, help="noise level; 0: none; default: the run's")

@@ -36,16 +36,16 @@ from scripts.sample import draw_at_scales, open_run
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-TEMPERATURE = 0.45  # in units of taste, whose standard deviation over the base model's pictures is about 1
+TEMPERATURE = 0.45  # in units of taste, whose standard deviation over the base model's images is about 1
 TIE = 0.15  # closer than this, in the rater's noisy eyes, is a tie
 RATING_NOISE = 0.7  # standard deviation of a rating's noise, in units of taste
-BORDER = 10  # pixels; the frame of the picture that counts as background
+BORDER = 10  # pixels; the frame of the image that counts as background
 
 
 def taste(image):
     """How much the simulated person likes a 64 x 64 picture: warm colours, a calm background, a large animal in the
     middle. Returns a dict of the three parts, each about 0 on average and 1 in standard deviation over the base model's
-    pictures, and of "taste", their weighted sum, scaled likewise.
+    images, and of "taste", their weighted sum, scaled likewise.
     """
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
     frame = np.ones(pixels.shape[:2], dtype=bool)
@@ -65,7 +65,7 @@ def taste(image):
     return {**parts, "taste": (parts["warm"] + parts["calm"] + 0.5 * parts["large"]) / 1.5}
 
 
-# Mean and standard deviation over the base model's pictures.
+# Mean and standard deviation over the base model's images.
 WARM, BUSY, LARGE = (0.132, 0.192), (0.0147, 0.0101), (0.097, 0.053)
 
 
@@ -81,14 +81,14 @@ def main():
     parser.add_argument("--pairs", default="", help="a folder with pairs.jsonl")
     parser.add_argument("--first", type=at_least(0), default=0, help="the first pair that is judged")
     parser.add_argument(
-        "--count", type=at_least(1), default=500, help="choose: pairs; rate, check: pictures; measure: per animal"
+        "--count", type=at_least(1), default=500, help="choose: pairs; rate, check: images; measure: per animal"
     )
     parser.add_argument("--rewards", nargs="+", default=[], help="check: what is compared with the taste")
-    parser.add_argument("--seed", type=seed, default=0, help="of the rater's noise; measure: of the pictures")
+    parser.add_argument("--seed", type=seed, default=0, help="of the rater's noise; measure: of the images")
     parser.add_argument("--output", default="", help="default: PAIRS/choices.jsonl, PAIRS/ratings.csv, RUN/taste.json")
     parser.add_argument("--run", default="", help="measure: a run's folder")
     parser.add_argument("--results", default="", help="plot: what to draw; measure: a file to add the run to as well")
-    parser.add_argument("--base", default="", help="measure: a file that keeps what the base model's pictures measure")
+    parser.add_argument("--base", default="", help="measure: a file that keeps what the base model's images measure")
     parser.add_argument("--checkpoint", default="", help="measure: a name in RUN/checkpoints; default: the newest")
     args = parser.parse_args()
     if args.what in ("measure", "plot"):
@@ -114,7 +114,7 @@ def main():
         for reward in args.rewards:
             values, _ = rewards.get_reward(reward)(pictures, texts, [{}] * len(texts))
             shares = {part: rank_correlation(values, [likes[n][part] for n in names[: args.count]]) for part in parts}
-            print(f"{reward}: rank correlation on {len(pictures)} pictures with "
+            print(f"{reward}: rank correlation on {len(pictures)} images with "
                   + ", ".join(f"{part} {rho:.3f}" for part, rho in shares.items()))  # fmt: skip
         return
     if args.what == "rate":
@@ -143,7 +143,7 @@ def main():
 def measure(args):
     """The true taste, its parts, the tiny CLIP's alignment and the classifier's verdict on the same prompts and noise
     before and after a run. Writes RUN/taste.json, and RUN/images/taste.png with the first noise of some animals.
-    The base model's pictures, the same for all runs, are only drawn if the file --base is not there yet."""
+    The base model's images, the same for all runs, are only drawn if the file --base is not there yet."""
     config, policy, folder = open_run(args.run, args.checkpoint)
     output, pictures_at = args.output or f"{args.run}/taste.json", f"{args.run}/images/taste.png"
     for path in (output, pictures_at, *filter(None, [args.results, args.base])):

@@ -4,7 +4,7 @@
 
 Each job is a run of train.py with one CPU thread (--threads), in runs/sweeps/NAME/JOB. First every learning rate to
 try runs on one seed, then the best ones on the others. A job that is done becomes a line of results/sweeps/NAME.jsonl
-(see scripts/results.py). Where the figure shows pictures (PICTURED), those of the first seed at the best learning rate
+(see scripts/results.py). Where the figure shows images (PICTURED), those of the first seed at the best learning rate
 go to NAME.png beside it. Jobs that are there already are skipped. A sweep that was stopped with Ctrl-C or killed goes
 on where it was when it is started again: a job that had begun resumes from its last checkpoint.
 """
@@ -50,7 +50,7 @@ def check_options(where, made, options):
 
 
 def collect(run_dir, results, sweep, job, facts):
-    """Adds a finished run to the sweep's results, and its picture grids if it is the best so far of the first seed's.
+    """Adds a finished run to the sweep's results, and its image grids if it is the best so far of the first seed's.
     Returns its line."""
     metrics = read_metrics(run_dir)
     weights = glob.glob(os.path.join(list_checkpoints(run_dir)[-1], "*", "*.safetensors"))  # in lora/ or unet/

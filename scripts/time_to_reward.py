@@ -6,7 +6,7 @@
 
 Contestants train the embedded model for small JPEG files on the same machine, one after the other, seed by seed; those
 of trl by scripts/dev/trl_run.py, in an environment that is made for it. After every epoch the same judge draws the 45
-animals, two pictures of each, always of the same noise and with guidance 3. A target is a fall of their JPEG size by
+animals, two images of each, always of the same noise and with guidance 3. A target is a fall of their JPEG size by
 15% or 20% with at least 95% of the animals named; between two evaluations the cost is interpolated. What judging costs
 is not counted. A run that is there already is not run again.
 """

@@ -1,5 +1,5 @@
 """Finetunes a model on people's choices between two pictures: Diffusion-DPO (arXiv 2311.12908), which needs no reward
-model and draws no pictures.
+model and draws no images.
 
     python -m scripts.train_dpo --choices runs/annotations-emoji/choices.jsonl --config.run_dir=runs/my-dpo
     python -m scripts.train_dpo --choices A.jsonl B.jsonl --model FOLDER --config.lora_rank=16 --config.num_epochs=40
@@ -17,7 +17,7 @@ known, so its bound stands in for it, minus the denoising error, at one timestep
     loss   = -log sigmoid(r(chosen) - r(rejected))
 
 A tie counts as half a choice of each, as in scripts.train_reward. The mean is over the latent's d dimensions: what
-carries over from one size to another is beta / d. --loss sft is the baseline: the error of the chosen pictures itself.
+carries over from one size to another is beta / d. --loss sft is the baseline: the error of the chosen images itself.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def dpo(error, base_error, vote, beta):
 
 
 def sft(error, base_error, vote, beta):
-    """Supervised finetuning on the chosen pictures."""
+    """Supervised finetuning on the chosen images."""
     return vote * error[0] + (1 - vote) * error[1], {}
 
 
@@ -70,8 +70,8 @@ LOSSES = {"dpo": dpo, "sft": sft}
 
 # ----------------------------------------------------------------------------------------------------------- the pairs
 def hold_out(votes, share, seed):
-    """(votes to learn from, votes held out): the latter on a share of the different pairs of pictures. Votes on others
-    that show a picture of those are in neither. Raises InputError if one of the two would be empty."""
+    """(votes to learn from, votes held out): the latter on a share of the different pairs of images. Votes on others
+    that show an image of those are in neither. Raises InputError if one of the two would be empty."""
     keys = list(dict.fromkeys(tuple(sorted((vote["left"], vote["right"]))) for vote in votes))
     count = round(share * len(keys))
     if share and not 0 < count < len(keys):
@@ -83,7 +83,7 @@ def hold_out(votes, share, seed):
     held_out = [vote for vote in votes if tuple(sorted((vote["left"], vote["right"]))) in chosen]
     kept = [vote for vote in votes if not shown & {vote["left"], vote["right"]}]
     if not kept:
-        raise InputError("every pair shares a picture with those of held_out_choices: hold out fewer")
+        raise InputError("every pair shares an image with those of held_out_choices: hold out fewer")
     return kept, held_out
 
 
@@ -94,14 +94,14 @@ def draw_row(seed, position, count):
 
 
 def encode_files(policy, names, height, width):
-    """{name: latent (C, h, w) on the CPU} of picture files, cut and scaled to height x width: the means that the VAE
-    gives them. Raises InputError that names a file that is no picture."""
+    """{name: latent (C, h, w) on the CPU} of image files, cut and scaled to height x width: the means that the VAE
+    gives them. Raises InputError that names a file that is no image."""
     factor, latents = policy.pipe.vae_scale_factor, {}
     for name in dict.fromkeys(names):
         try:
             picture = Image.open(name).convert("RGB")
         except OSError as error:
-            raise InputError(f"the picture {name} cannot be read: {error}") from error
+            raise InputError(f"the image {name} cannot be read: {error}") from error
         latent = encode(policy.vae, [picture], width, height)
         assert latent.shape[-2:] == (height // factor, width // factor)
         latents[name] = latent[0].cpu()
@@ -109,7 +109,7 @@ def encode_files(policy, names, height, width):
 
 
 class Pairs:
-    """Votes on pairs of pictures, and how a policy and its base model denoise these."""
+    """Votes on pairs of images, and how a policy and its base model denoise these."""
 
     def __init__(self, policy, votes, latents, options):
         """latents: of `encode`. options: `config.train`."""
@@ -117,12 +117,12 @@ class Pairs:
         self.vote = torch.tensor([VOTES[vote["choice"]] for vote in votes], device=policy.device)
 
     def errors(self, rows, keys, needs_base=True, t=None):
-        """Denoising errors (2, B) of the pictures of B votes, left first, by the policy and by its base model (None
+        """Denoising errors (2, B) of the images of B votes, left first, by the policy and by its base model (None
         unless `needs_base`).
 
         Args:
             rows: B indices of votes.
-            keys: B tuples of integers that determine t, noise and dropout, which the two pictures of a pair share.
+            keys: B tuples of integers that determine t, noise and dropout, which the two images of a pair share.
             t: (B,), in place of the timesteps drawn; no prompt is dropped then.
         """
         policy = self.policy
@@ -165,7 +165,7 @@ class Pairs:
 
 # ------------------------------------------------------------------------------------------------------------- the loop
 def train(config, preset):
-    config.reward, config.sample.images_per_prompt = "", 2  # an epoch's pictures come in pairs
+    config.reward, config.sample.images_per_prompt = "", 2  # an epoch's images come in pairs
     config.algorithm, config.train.draws, config.train.inner_epochs = "dpo", 1, 1
     config.train.kl_weight = 0.0  # the loss itself ties the policy to the base model
     run = Run(config, preset, "python -m scripts.train_dpo")

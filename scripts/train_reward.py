@@ -1,4 +1,4 @@
-"""Trains a reward model of your own, from choices between two pictures or from ratings of single ones.
+"""Trains a reward model of your own, from choices between two images or from ratings of single ones.
 
     python -m scripts.train_reward --choices runs/annotations/choices.jsonl --model MODEL --output runs/my-reward
     python -m scripts.train_reward --ratings ratings.csv --images FOLDER --output runs/my-reward
@@ -9,7 +9,7 @@
 image, score and, if several people rated, rater; or AVA's list of vote counts.
 
 The reward is a linear function of features of a frozen network (ddpo/features.py): of the UNet of a diffusion model,
---model, best the one whose pictures are judged, or without that of the layers of a CLIP, --encoder. If several
+--model, best the one whose images are judged, or without that of the layers of a CLIP, --encoder. If several
 --features are named, those are taken that best predict votes held out: each fifth of the votes is predicted from the
 rest. The head that is saved has seen them all.
 """
@@ -48,7 +48,7 @@ def draw(path, evaluation, kind, margin, target):
     """Draws the held-out votes: how sure against how often right, or predicted against given."""
     figure, axes = plt.subplots(figsize=(4, 3.6), constrained_layout=True)
     if kind == "ratings":
-        axes.scatter(margin, target, s=6, alpha=0.3, label="held-out pictures")
+        axes.scatter(margin, target, s=6, alpha=0.3, label="held-out images")
     predicted, observed, count = map(np.array, zip(*evaluation["calibration"]))
     axes.scatter(predicted, observed, s=15 + 200 * count / count.sum(), color="tab:red", label="calibration, by votes")
     ends = [0, 1] if kind == "choices" else [min(predicted.min(), target.min()), max(predicted.max(), target.max())]
@@ -68,7 +68,7 @@ def main():
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--choices", nargs="+", default=[], help="JSONL files of scripts.annotate")
     source.add_argument("--ratings", default="", help="CSV, JSONL, or AVA's text file")
-    parser.add_argument("--images", default="", help="folder of the rated pictures; default: that of --ratings")
+    parser.add_argument("--images", default="", help="folder of the rated images; default: that of --ratings")
     parser.add_argument("--output", required=True, help="the reward model's folder")
     parser.add_argument("--features", nargs="+", metavar="NAME", help=f"the best of those named: "
                         f"{', '.join(FEATURES)}; default: unet if there is a --model, else layers")  # fmt: skip
@@ -99,19 +99,19 @@ def main():
         raters = [rater for _, _, rater in ratings]
     missing = next((name for names in pictures for name in names if not os.path.isfile(name)), None)
     if missing:
-        raise InputError(f"the picture {missing} is not there")
+        raise InputError(f"the image {missing} is not there")
     keys = picture_keys({name for names in pictures for name in names})
     damaged = sorted(name for name, key in keys.items() if key is None)
     if damaged:
         whole = [row for row, names in enumerate(pictures) if not any(keys[name] is None for name in names)]
-        print(f"{len(target) - len(whole)} votes left out, on {len(damaged)} pictures that cannot be read: "
+        print(f"{len(target) - len(whole)} votes left out, on {len(damaged)} images that cannot be read: "
               + ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else ""))  # fmt: skip
         pictures, raters, target = [pictures[row] for row in whole], [raters[row] for row in whole], target[whole]
     if len(target) < FEWEST:
         raise InputError(f"there are {len(target)} votes; with fewer than {FEWEST} nothing can be held out")
     if target.min() == target.max():
         raise InputError(f"all {len(target)} votes are the same: there is nothing to learn from them")
-    # A picture is its content: a copy under another name must not be held out while it is trained on.
+    # An image is its content: a copy under another name must not be held out while it is trained on.
     names = list({keys[name]: name for name in sorted({name for pair in pictures for name in pair})}.values())
     place = {keys[name]: i for i, name in enumerate(names)}
     index = torch.tensor([[place[keys[name]] for name in pair] for pair in pictures]).squeeze(-1)
@@ -120,7 +120,7 @@ def main():
         pairs = index.tolist()
         votes = [vote if pair == sorted(pair) else 1 - vote for pair, vote in zip(pairs, target.tolist())]
         agreed = agreement([tuple(sorted(pair)) for pair in pairs], votes)
-    print(f"{len(target)} votes by {len(set(raters))} rater(s) on {len(names)} pictures"
+    print(f"{len(target)} votes by {len(set(raters))} rater(s) on {len(names)} images"
           + (f", {int((target == 0.5).sum())} ties" if kind == "choices" else "")
           + (f"; where two voted on the same pair, {agreed:.1%} agree" if agreed is not None else ""))  # fmt: skip
 
@@ -131,7 +131,7 @@ def main():
     for name in kinds:
         features = cached_features(name, networks[name], names, args.cache, device)
         head, predicted, ridge = learn(features, index, target, args.seed)
-        if kind == "choices":  # only differences matter: zero is the mean of these pictures
+        if kind == "choices":  # only differences matter: zero is the mean of these images
             head.bias -= head(features).mean()
         learned[name] = head, predicted, ridge
         losses[name] = float(vote_losses(predicted, target, kind == "choices").mean())
@@ -152,7 +152,7 @@ def main():
     if evaluation["accuracy"] is None or not evaluation["accuracy_interval"][0] > 0.5:
         low, high = evaluation["accuracy_interval"] or (0, 1)
         verdict = f"not better than chance: the 95% interval of its held-out accuracy is {low:.1%} to {high:.1%}. "
-        verdict += "More votes, on other pictures, or other --features may help"
+        verdict += "More votes, on other images, or other --features may help"
     print(
         f"{best}, held out: " + "  ".join(f"{k} {v:.3f}" for k, v in evaluation.items() if isinstance(v, float))
         + f"\n{verdict}"

@@ -37,7 +37,7 @@ def interrupts(images, prompts, metadata):
 
 
 def by_prompt(images, prompts, metadata):
-    """Does not look at the picture, so that no pixel's rounding matters."""
+    """Does not look at the image, so that no pixel's rounding matters."""
     return [zlib.crc32(prompt.encode()) % 97 for prompt in prompts], {}
 
 

@@ -45,7 +45,7 @@ def kill(process):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """12 pictures of two captions, each of one colour."""
+    """12 images of two captions, each of one colour."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for i in range(12):
@@ -428,7 +428,7 @@ def test_clicks_keys_undo_and_a_killed_server(page, pictures, tmp_path):
         page.after(page.click, "left")
         os.kill(process.pid, signal.SIGINT)
         said = process.communicate(timeout=30)
-        assert process.returncode == 0 and said[1] == "" and "'Ann': 6 answers. The left picture" in said[0]
+        assert process.returncode == 0 and said[1] == "" and "'Ann': 6 answers. The left image" in said[0]
     finally:
         kill(process)
 
@@ -443,7 +443,7 @@ def test_clicks_keys_undo_and_a_killed_server(page, pictures, tmp_path):
 
 
 HAMMER = """
-// Presses a key every 10 ms until the left picture has the colour given, and notes what was to be seen each time.
+// Presses a key every 10 ms until the left image has the colour given, and notes what was to be seen each time.
 window.sights = [];
 const colour = side => {
   const image = document.querySelector(`#${side} img`), canvas = new OffscreenCanvas(1, 1).getContext("2d");
@@ -462,7 +462,7 @@ const timer = setInterval(() => {
 
 
 def test_no_key_counts_before_both_pictures_are_seen(page, server):
-    """With 0.7 s of latency: neither a vote for the pair that loads, nor its prompt above the old pictures."""
+    """With 0.7 s of latency: neither a vote for the pair that loads, nor its prompt above the old images."""
     _, address, output = server
     pairs = read_pairs(output / "pairs.jsonl")
     i = next(i for i in range(25) if pairs[i]["prompt"] != pairs[i + 1]["prompt"])
@@ -517,7 +517,7 @@ def test_a_damaged_and_a_missing_picture_can_only_be_skipped(page, server, pictu
     kept = {name: Path(name).read_bytes() for name in pair["images"]}
     try:
         for bad in pair["images"]:
-            os.remove(bad) if bad == pair["images"][0] else Path(bad).write_bytes(b"no picture")
+            os.remove(bad) if bad == pair["images"][0] else Path(bad).write_bytes(b"no image")
             page.after(page.press, "ARROW_LEFT")
             assert page.pair() == "1" and "skip it" in page.text("message") and "damaged" in page.text("pair")
             page.press("ARROW_LEFT")
@@ -535,7 +535,7 @@ BOXES = """return [...document.querySelectorAll("#question, #prompt, img, #tie, 
 
 @pytest.mark.parametrize("width, height, side", [(1280, 800, 400), (390, 844, 240), (844, 390, 240), (360, 640, 140)])
 def test_all_is_in_sight_on_a_desk_and_on_a_phone(page, server, width, height, side):
-    """Without scrolling, nothing covered, and the pictures as large as `side`, under a prompt of 200 words."""
+    """Without scrolling, nothing covered, and the images as large as `side`, under a prompt of 200 words."""
     _, address, output = server
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 1000}
     page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -573,7 +573,7 @@ def test_pairs_of_a_folder_can_be_enlarged(pictures, tmp_path):
         assert len(used) == (8 if count == 4 else 12)  # none twice before all have been used
         assert len({pair["prompt"] for pair in pairs[:4]}) == 2  # captions are mixed
     os.remove(pairs[7]["images"][1])
-    with pytest.raises(InputError, match=f"the picture {pairs[7]['images'][1]} of pair 7 is not there"):
+    with pytest.raises(InputError, match=f"the image {pairs[7]['images'][1]} of pair 7 is not there"):
         read_pairs(path)
 
 
@@ -608,7 +608,7 @@ def test_pairs_of_a_preset_with_another_model(tiny, tmp_path):
 
 
 def test_pairs_of_a_model_can_be_enlarged(tiny, tmp_path):
-    """Pairs 0 to 2, then 3 and 4: the same as 0 to 4 at once. Two pictures of a pair differ."""
+    """Pairs 0 to 2, then 3 and 4: the same as 0 to 4 at once. Two images of a pair differ."""
     policy, sample = load_policy(tiny, 0, "fp32", "cpu"), get_config().sample
     sample.num_steps = 3
     policy.scheduler.set_timesteps(3)

@@ -1,4 +1,4 @@
-"""Rewards that look through a CLIP: each against transformers' own use of the model, on pictures of a known score."""
+"""Rewards that look through a CLIP: each against transformers' own use of the model, on images of a known score."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def options(**overrides):
 
 
 def reference_cosines(folder, images, prompts):
-    """What transformers' documentation tells to do, one picture at a time, with nothing of ours."""
+    """What transformers' documentation tells to do, one image at a time, with nothing of ours."""
     model, processor = AutoModel.from_pretrained(folder, dtype=torch.float32), AutoProcessor.from_pretrained(folder)
     with torch.no_grad():
         outputs = [model(**processor(text=[p], images=i, return_tensors="pt")) for i, p in zip(images, prompts)]
@@ -54,7 +54,7 @@ def reference_cosines(folder, images, prompts):
 def test_clipscore_and_pickscore_are_transformers_cosine(request, images, folder):
     folder = str(request.getfixturevalue(folder)) if folder == "clip_768" else str(ROOT / folder)
     cosines, scale = reference_cosines(folder, images, PROMPTS)
-    assert np.ptp(cosines) > 1e-3  # the oracle tells the pictures apart
+    assert np.ptp(cosines) > 1e-3  # the oracle tells the images apart
     clipscore, _ = rewards.get_reward(f"clipscore:{folder}")(images, PROMPTS, METADATA)
     np.testing.assert_allclose(clipscore, 2.5 * cosines.clip(0), atol=1e-5)
     pickscore, _ = rewards.get_reward(f"pickscore:{folder}", options=options(batch_size=2))(images, PROMPTS, METADATA)

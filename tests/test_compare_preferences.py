@@ -14,7 +14,7 @@ from scripts.compare_preferences import merge
 
 
 def test_each_round_learns_from_all_choices_so_far(tmp_path):
-    """The first on pictures of the base model, the next on those of the run as it is by then; the same run goes on."""
+    """The first on images of the base model, the next on those of the run as it is by then; the same run goes on."""
     args = Namespace(folder=tmp_path, epochs=[6], options=[], pictures=4)
     step = compare_preferences.run_step("dpo_rounds", 300, 2, args)
     assert step.needs == ()

@@ -45,7 +45,7 @@ def halves_of(sign):
 
 
 def by_hand(x, y, attracts, repels, apart):
-    """The force on the pictures of one prompt and its unit, point by point."""
+    """The force on the images of one prompt and its unit, point by point."""
     n, k, d = len(x), len(y), x.shape[1]
     distance = np.array([[np.linalg.norm(x[i] - y[j]) for j in range(k)] for i in range(n)])
     scale = np.mean([distance[i, j] for i in range(n) for j in range(k) if apart[i, j]])

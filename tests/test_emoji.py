@@ -77,7 +77,7 @@ def test_pictures_show_the_glyph():
 
 
 def draw(model, texts, num_steps, guidance_scale):
-    """Without noise but the first: its pictures, and that first noise."""
+    """Without noise but the first: its images, and that first noise."""
     policy, sample = load_policy(model, 0, "fp32", "cpu"), get_config().sample
     sample.num_steps = num_steps
     policy.prepare_sampling(sample)

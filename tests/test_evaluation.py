@@ -50,7 +50,7 @@ def evaluated(tiny, clip, tmp_path_factory):
 
 
 def test_diversity_is_the_mean_distance_over_all_pairs():
-    e = torch.nn.functional.normalize(torch.randn(4 * 3, 8), dim=-1)  # 4 pictures of each of 3 prompts
+    e = torch.nn.functional.normalize(torch.randn(4 * 3, 8), dim=-1)  # 4 images of each of 3 prompts
     pairs = [1 - float(e[i] @ e[j]) for i in range(12) for j in range(i) if i % 3 == j % 3]
     assert diversity(e.numpy(), 4) == pytest.approx(np.mean(pairs), abs=1e-6)
     assert diversity(e[:3].repeat(4, 1).numpy(), 4) == pytest.approx(0, abs=1e-6)
@@ -159,7 +159,7 @@ def test_evaluation_changes_nothing_and_held_out_prompts_are_not_trained_on(tiny
 
 
 def test_a_resumed_run_in_two_processes_evaluates_the_same(tiny, clip, tmp_path, evaluated):
-    """An epoch by two processes, which share the pictures; a line that a kill cut short; the rest by one."""
+    """An epoch by two processes, which share the images; a line that a kill cut short; the rest by one."""
     run = tmp_path / "run"
     launch(model=tiny, run_dir=run, num_epochs=1, processes=2, direct=True, evaluate__clip=clip, **EVERY)
     with open(run / "evaluation.jsonl", "a") as f:

@@ -21,7 +21,7 @@ NETWORKS = {
 
 
 def pictures(count, seed=0):
-    """Pictures of one colour with noise on it, and how much of it each has."""
+    """Images of one colour with noise on it, and how much of it each has."""
     rng, made = np.random.default_rng(seed), []
     amount = rng.uniform(0, 1, count)
     for part in amount:
@@ -45,7 +45,7 @@ def test_a_pictures_features_are_its_own(kind):
 
 
 def test_the_unet_sees_what_an_embedding_does_not():
-    """Textures, of whatever colour: half of the pictures teach the other half."""
+    """Textures, of whatever colour: half of the images teach the other half."""
     images, amount = pictures(120)
     score = {}
     for kind, network in NETWORKS.items():
@@ -69,8 +69,8 @@ def test_a_reward_is_the_same_when_saved_and_loaded(tmp_path):
     np.testing.assert_array_equal(values, expected.squeeze(1).numpy())
     images[0].save(tmp_path / "picture.png")
     code = (
-        "import sys; from PIL import Image; from ddpo.rewards import get_reward; folder, picture = sys.argv[1:]\n"
-        "print(float(get_reward(f'learned:{folder}')([Image.open(picture)], [''], [{}])[0][0]))"
+        "import sys; from PIL import Image; from ddpo.rewards import get_reward; folder, image = sys.argv[1:]\n"
+        "print(float(get_reward(f'learned:{folder}')([Image.open(image)], [''], [{}])[0][0]))"
     )
     result = run([sys.executable, "-c", code, tmp_path / "model", tmp_path / "picture.png"])
     assert float(result.stdout) == pytest.approx(float(values[0]), abs=1e-3), result.stderr

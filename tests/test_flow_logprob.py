@@ -20,7 +20,7 @@ SHAPES = [(3, 4, 8, 8), (3, 16, 16)]  # of latents, and of packed tokens
 
 
 def make_scheduler(steps, shift=1.0, mu=None):
-    """mu: the shift depends on the picture's size, as FLUX has it."""
+    """mu: the shift depends on the image's size, as FLUX has it."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=mu is not None)
     scheduler.set_timesteps(steps, mu=mu)
     return scheduler

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3.x and FLUX.1: their own pipelines' pictures, what a run saves, and training end to end."""
+"""Stable Diffusion 3.x and FLUX.1: their own pipelines' images, what a run saves, and training end to end."""
 
 import json
 from types import SimpleNamespace
@@ -77,7 +77,7 @@ def test_without_noise_the_sampler_is_diffusers_pipeline(request, model, kind):
     assert ours.images[0].size == (48, 32) and not ours.log_probs.any()
     np.testing.assert_allclose(np.stack([np.asarray(i) for i in ours.images]), theirs * 255, atol=1.01)
     drawn = sample_with_logprob(policy, prompts, noise.__getitem__, 4.0, sample.noise_level, keep_steps=True)
-    assert (drawn.latents[:, -1] - ours.latents[:, -1]).abs().max() > 0.1  # with noise another picture
+    assert (drawn.latents[:, -1] - ours.latents[:, -1]).abs().max() > 0.1  # with noise another image
 
 
 def test_one_token_stands_for_all_that_are_in_t5s_place(tiny_sd35):
@@ -163,7 +163,7 @@ def test_told_guidance_is_one_pass_and_matters(tiny_flux):
 
 
 def test_shift_depends_on_the_size_or_is_given(tiny_flux, tiny_sd3):
-    """FLUX shifts large pictures more, as its pipeline does; `sample.shift` is s k / (1 + (s - 1) k) of even k."""
+    """FLUX shifts large images more, as its pipeline does; `sample.shift` is s k / (1 + (s - 1) k) of even k."""
     flux, sd3 = (load_policy(folder, 0, "fp32", "cpu") for folder in (tiny_flux, tiny_sd3))
     first = {}
     for side in (32, 512):
@@ -288,7 +288,7 @@ def test_a_pipeline_that_is_not_supported_names_those_that_are(tmp_path):
 
 @pytest.mark.parametrize("variant", [f"{task},{method}" for task in TASKS for method in ("lora", "full")])
 def test_the_presets_of_the_embedded_flow_train(tiny_sd35, tmp_path, monkeypatch, variant):
-    """As they are, but for the model, the rewards that need the embedded model's pictures, and the numbers."""
+    """As they are, but for the model, the rewards that need the embedded model's images, and the numbers."""
     config = emoji_flow(variant)
     config.update_from_flattened_dict({
         "model": tiny_sd35, "run_dir": str(tmp_path), "num_epochs": 1, "grid_images": 1, "grid_every": 0, "threads": 1,

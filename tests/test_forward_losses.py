@@ -1,4 +1,4 @@
-"""The losses on the finished picture against their formulas, written out in float64 sample by sample, and what the
+"""The losses on the finished image against their formulas, written out in float64 sample by sample, and what the
 formulas imply."""
 
 from types import SimpleNamespace

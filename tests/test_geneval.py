@@ -14,7 +14,7 @@ NUMBERS = {"two": 2, "three": 3, "four": 4}
 
 
 def scene_of(prompt):
-    """What a picture that is true to its prompt holds, by the prompt's text alone: {noun: count}, {noun: colour} and
+    """What an image that is true to its prompt holds, by the prompt's text alone: {noun: count}, {noun: colour} and
     (noun, place, noun) or None."""
     text = prompt.removeprefix("a photo of ")
     phrase = r"(\w+) (?:(\w+) )?(\w+)"  # a red dog

@@ -249,7 +249,7 @@ def test_scripts_say_in_one_line_what_cannot_be_read_or_written(arguments, messa
 
 
 def test_a_finished_run_and_what_cannot_be_made_of_it(tiny, tmp_path):
-    """Before any picture is drawn; and a line of metrics.jsonl that no run has written."""
+    """Before any image is drawn; and a line of metrics.jsonl that no run has written."""
     folder = tmp_path / "run"
     launch(model=tiny, run_dir=folder, num_epochs=1, direct=True)
     sample = "sample", "--run", folder, "--count", 1

@@ -1,4 +1,4 @@
-"""The reward that reads text in pictures, on pictures of known text. What reads is an optional package: where it is not
+"""The reward that reads text in images, on images of known text. What reads is an optional package: where it is not
 installed, tests that need it are skipped."""
 
 import itertools
@@ -17,7 +17,7 @@ from ddpo.errors import InputError
 
 
 def drawn(text, size=(512, 512), height=80, ink="black", paper="white"):
-    """A picture with a text in its middle."""
+    """An image with a text in its middle."""
     image = Image.new("RGB", size, paper)
     place = size[0] // 2, size[1] // 2
     ImageDraw.Draw(image).text(place, text, fill=ink, font=ImageFont.load_default(height), anchor="mm", align="center")
@@ -108,7 +108,7 @@ def test_a_missing_package_is_named(monkeypatch, package):
 
 
 def test_text_in_pictures(reader):
-    """Of several sizes, colours and modes; the same picture for texts at a growing edit distance; no text."""
+    """Of several sizes, colours and modes; the same image for texts at a growing edit distance; no text."""
     noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     planet = drawn("Planet")
     cases = [
@@ -137,7 +137,7 @@ def test_the_embedded_vae_leaves_words_readable(reader):
         pixels = torch.tensor(np.asarray(drawn(word, (64, 64), 26))).permute(2, 0, 1)[None] / 127.5 - 1
         with torch.no_grad():
             decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
-        assert (decoded - pixels).abs().max() > 0.05  # it is not the picture itself
+        assert (decoded - pixels).abs().max() > 0.05  # it is not the image itself
         image = ((decoded[0] / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         values, _ = reader([Image.fromarray(image)], [f'"{word}"'], [{}])
         assert values == 1

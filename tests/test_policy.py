@@ -219,7 +219,7 @@ def test_guidance_is_the_extrapolation_and_scale_one_is_the_prompt_alone(tiny):
 
 @pytest.mark.parametrize("model", ["tiny", "tiny_xl"])
 def test_sampler_equals_diffusers_pipeline(model, request):
-    """Deterministic sampling with our sampler gives the pictures of the model's own pipeline, which for SDXL has the
+    """Deterministic sampling with our sampler gives the images of the model's own pipeline, which for SDXL has the
     empty prompt as zeros."""
     policy = load_policy(request.getfixturevalue(model), 0, "fp32", "cpu")
     policy.scheduler.set_timesteps(6)

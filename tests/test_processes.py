@@ -9,8 +9,8 @@ from test_train import metrics, weights
 
 from ddpo import prompts
 
-# A picture has 8 bits: a pixel that stands between two values may go either way, and its JPEG file with it by a byte.
-# So what must not depend on batches or processes is compared under a reward that does not look at the picture.
+# An image has 8 bits: a pixel that stands between two values may go either way, and its JPEG file with it by a byte.
+# So what must not depend on batches or processes is compared under a reward that does not look at the image.
 BY_PROMPT = {"reward": "sabotaged", "script": "tests/saboteur.py", "env": {"SABOTAGE": "by prompt"}}
 BY_PROMPT |= {"train__learning_rate": 1e-3, "save_every": 1}
 

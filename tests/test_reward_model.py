@@ -114,7 +114,7 @@ def test_evaluation_of_ratings():
     assert rm.evaluate_ratings(target * 10, target)["rank_correlation"] == pytest.approx(1)
     result = rm.evaluate_ratings(np.array([2.0, 1.0, 3.0, 4.0]), target)  # one of the five ordered pairs is wrong
     assert result["accuracy"] == pytest.approx(4 / 5) and result["rmse"] == pytest.approx(np.sqrt(3 / 4))
-    twice = np.repeat(target, 2)  # two raters, who differ: a picture cannot be ordered before itself
+    twice = np.repeat(target, 2)  # two raters, who differ: an image cannot be ordered before itself
     result = rm.evaluate_ratings(twice, twice + np.tile([-0.3, 0.3], 4), np.repeat(np.arange(4), 2))
     assert result["accuracy"] == 1.0 and result["rmse"] == pytest.approx(0.3) and result["votes"] == 8
 
@@ -126,13 +126,13 @@ def test_agreement_counts_pairs_of_raters():
 
 def test_held_out_pictures_are_never_trained_on():
     rng = np.random.default_rng(0)
-    for index in (rng.integers(0, 150, (200, 2)), np.repeat(np.arange(60), 3)):  # shared pictures; several raters
+    for index in (rng.integers(0, 150, (200, 2)), np.repeat(np.arange(60), 3)):  # shared images; several raters
         parts = list(rm.folds(index, 5, seed=0))
         assert sorted(np.concatenate([held for _, held in parts])) == list(range(len(index)))
         for train, held in parts:
             assert len(train) and not set(index[train].ravel().tolist()) & set(index[held].ravel().tolist())
     assert [(len(a), len(b)) for a, b in rm.folds(np.arange(200).reshape(100, 2), 5, seed=0)] == [(80, 20)] * 5
-    with pytest.raises(InputError, match="share so many pictures"):
+    with pytest.raises(InputError, match="share so many images"):
         rm.learn(torch.rand(4, 3), torch.tensor([[0, 1], [0, 2], [0, 3]] * 10), torch.tensor([1.0, 0.0, 1.0] * 10))
 
 
@@ -199,7 +199,7 @@ def test_ava_and_tables(tmp_path):
     lines = "1 953619 0 1 5 17 38 36 15 6 5 1 1 22 1396\n", "2 953958 10 7 15 26 26 21 10 8 1 2 0 0 0\n"
     (tmp_path / "AVA.txt").write_text("".join(lines))
     counts = np.array([0, 1, 5, 17, 38, 36, 15, 6, 5, 1])
-    ((name, score, _),) = rm.read_ratings(str(tmp_path / "AVA.txt"))  # the second picture is not there
+    ((name, score, _),) = rm.read_ratings(str(tmp_path / "AVA.txt"))  # the second image is not there
     assert name.endswith("953619.jpg") and score == pytest.approx((counts * np.arange(1, 11)).sum() / counts.sum())
     (tmp_path / "r.csv").write_text("image,score,rater\nb.png,3.5,ann\nb.png,4,bob\n")
     assert [(s, r) for _, s, r in rm.read_ratings(str(tmp_path / "r.csv"))] == [(3.5, "ann"), (4.0, "bob")]
@@ -219,7 +219,7 @@ def test_a_damaged_picture_is_named_and_the_others_embeddings_kept(tmp_path, mon
     for path, colour in zip(paths, ("red", "green", "blue")):
         Image.new("RGB", (64, 64), colour).save(path)
     Path(paths[1]).write_bytes(Path(paths[1]).read_bytes()[:60])
-    with pytest.raises(InputError, match="cannot read the picture .*b.png"):
+    with pytest.raises(InputError, match="cannot read the image .*b.png"):
         rm.cached_features("embedding", CLIP, paths, tmp_path / "cache", batch_size=1)
     _, tensors = load_features("embedding", CLIP)
     monkeypatch.setattr(rm, "load_features", lambda *arguments: (None, tensors))
@@ -270,7 +270,7 @@ def test_the_cache_knows_pictures_by_their_content(tmp_path, monkeypatch):
     counted = (lambda images, n: calls.append(len(images)) or embed(images, n)), tensors
     monkeypatch.setattr(rm, "load_features", lambda *arguments: counted)
     assert torch.equal(rm.cached_features("embedding", CLIP, paths, tmp_path / "cache"), first) and not calls
-    Image.new("RGB", (64, 64), "red").save(paths[1])  # another picture of the same name
+    Image.new("RGB", (64, 64), "red").save(paths[1])  # another image of the same name
     changed = rm.cached_features("embedding", CLIP, paths, tmp_path / "cache")
     assert not calls and torch.equal(changed[1], first[0])  # known already, as a.png
     Image.new("RGB", (64, 64), "green").save(paths[1])
@@ -280,7 +280,7 @@ def test_the_cache_knows_pictures_by_their_content(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
-    """160 coloured pictures, liked for their redness: as CSV, and as votes of two raters, one of whom errs."""
+    """160 coloured images, liked for their redness: as CSV, and as votes of two raters, one of whom errs."""
     folder, rng = tmp_path_factory.mktemp("judged"), np.random.default_rng(0)
     names, redness = [f"{i}.png" for i in range(160)], rng.uniform(0, 1, 160)
     for name, red in zip(names, redness):
@@ -326,7 +326,7 @@ def test_the_command_line(judged, tmp_path, kind):
 
 
 def test_copies_of_pictures_are_not_held_out_and_coins_teach_nothing(tmp_path):
-    """Two copies of a folder, each rated by the same coin, and two pictures that are damaged."""
+    """Two copies of a folder, each rated by the same coin, and two images that are damaged."""
     rng, lines = np.random.default_rng(0), ["image,score"]
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -341,10 +341,8 @@ def test_copies_of_pictures_are_not_held_out_and_coins_teach_nothing(tmp_path):
     command = [sys.executable, "scripts/train_reward.py", "--ratings", tmp_path / "r.csv", "--encoder", CLIP]
     result = run([*command, "--output", tmp_path / "model", "--cache", tmp_path / "cache"])
     assert result.returncode == 0, result.stderr
-    assert (
-        f"2 votes left out, on 2 pictures that cannot be read: {tmp_path}/a/3.png, {tmp_path}/a/7.png" in result.stdout
-    )
-    assert "on 60 pictures" in result.stdout  # of 118 files
+    assert f"2 votes left out, on 2 images that cannot be read: {tmp_path}/a/3.png, {tmp_path}/a/7.png" in result.stdout
+    assert "on 60 images" in result.stdout  # of 118 files
     assert "not better than chance: the 95% interval" in result.stdout and "use it:" not in result.stdout
     low, high = json.loads((tmp_path / "model/evaluation.json").read_text())["accuracy_interval"]
     assert low < 0.5 < high

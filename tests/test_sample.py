@@ -85,7 +85,7 @@ def test_the_code_in_docs_draws_the_same(tiny, tmp_path):
 
 
 def cells(path, columns, rows):
-    """The pictures of a grid, as arrays: squares, as wide as their column, with heads above and labels below them."""
+    """The images of a grid, as arrays: squares, as wide as their column, with heads above and labels below them."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     side = pixels.shape[1] // columns - 2
     line = sum(ImageFont.load_default(max(13, side // 16)).getmetrics())
@@ -106,7 +106,7 @@ def test_heads_stand_over_the_columns():
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_the_command_line(tiny, tmp_path, rank):
-    """A row along s holds the two pictures that the command draws without a scale, at 0 and 1."""
+    """A row along s holds the two images that the command draws without a scale, at 0 and 1."""
     folder = tmp_path / "run"
     launch(model=tiny, run_dir=folder, num_epochs=1, lora_rank=rank, train__learning_rate=0.05, direct=True)
 
@@ -128,7 +128,7 @@ def test_the_command_line(tiny, tmp_path, rank):
 
 
 def test_the_frontier(tiny, tmp_path):
-    """scripts.evaluate along s: its ends are what it says without, and the picture is there."""
+    """scripts.evaluate along s: its ends are what it says without, and the image is there."""
     folder = tmp_path / "run"
     launch(model=tiny, run_dir=folder, num_epochs=1, train__learning_rate=0.1, direct=True)
     command = [sys.executable, "scripts/evaluate.py", "--run", folder, "--count", "2", "--limit", "2"]

@@ -108,12 +108,12 @@ def test_loss_and_gradient_are_the_papers(request, votes, model, rank):
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_at_the_base_model_it_is_log_2_and_pushes_the_chosen_up(tiny, votes, rank):
-    """A small step down the gradient lowers the chosen picture's error against the rejected one's."""
+    """A small step down the gradient lowers the chosen image's error against the rejected one's."""
     pairs = pairs_of(tiny, votes, rank)
     parameters = pairs.policy.trainable_parameters()
 
     def gap():
-        """Of the chosen picture's error over the rejected one's."""
+        """Of the chosen image's error over the rejected one's."""
         error, _ = pairs.errors([0, 1, 3], KEYS[:3])
         return ((error[0] - error[1]) * (2 * pairs.vote[[0, 1, 3]] - 1)).mean()
 
@@ -150,7 +150,7 @@ def test_ties_and_the_order_of_a_pair():
 
 
 def test_a_pairs_pictures_share_timestep_noise_and_prompt(tiny, votes):
-    """Two equal pictures have equal errors, whatever the key; dropped prompts are the empty prompt."""
+    """Two equal images have equal errors, whatever the key; dropped prompts are the empty prompt."""
     a = votes[0]["left"]
     same = [vote(a, a, prompt="a cat"), vote(a, a, prompt="a dog")]
     for dropout in (0.0, 1.0):
@@ -298,6 +298,6 @@ def test_mistakes(tiny, choices, tmp_path, arguments, message):
 
 
 def test_a_picture_that_cannot_be_read_is_named(tiny, tmp_path):
-    (tmp_path / "a.png").write_text("no picture")
+    (tmp_path / "a.png").write_text("no image")
     with pytest.raises(InputError, match="a.png cannot be read"):
         pairs_of(tiny, [vote(tmp_path / "a.png", tmp_path / "a.png")])

@@ -16,7 +16,7 @@ def make(monkeypatch, *arguments):
 
 
 def draw(model, prompts):
-    """Latents of one deterministic step, and their pictures."""
+    """Latents of one deterministic step, and their images."""
     policy = load_policy(model, 4, "fp32", "cpu")
     policy.set_timesteps(1)
     shape = (2, *policy.latent_shape())

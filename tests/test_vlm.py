@@ -182,7 +182,7 @@ def test_both_backends_give_the_same_answers(llava, served, images):
     here = vlm.load_vlm(llava, batch_size=4)(images, questions)
     there = vlm.load_vlm(served, vlm_name=llava, concurrency=3)(images, questions)
     assert here == there
-    assert len(set(here[::2])) > 1 and any(here)  # the pictures are seen: the same question, different answers
+    assert len(set(here[::2])) > 1 and any(here)  # the images are seen: the same question, different answers
 
 
 def test_alignment_and_counting_from_a_server(llava, bert, served, images):
@@ -261,7 +261,7 @@ def said(text):
 
 
 def colour_of(body):
-    """What picture a request holds."""
+    """What image a request holds."""
     url = body["messages"][0]["content"][0]["image_url"]["url"]
     prefix, data = url.split(",", 1)
     assert prefix == "data:image/jpeg;base64"
@@ -271,12 +271,12 @@ def colour_of(body):
 
 
 def test_answers_come_back_in_order_over_concurrent_retried_requests(scripted, monkeypatch):
-    """Every second request fails at first; each picture still gets its own answer, and the key its header."""
+    """Every second request fails at first; each image still gets its own answer, and the key its header."""
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     scripted.plan = lambda number, body: (b"busy", 503) if number % 2 else said(f" {colour_of(body)} ")
     colours = ["red", "blue", "blue", "red", "blue"]
     pictures = [Image.new("RGB", (16, 16), colour) for colour in colours]
-    # One at a time, so that "every second" is each picture's first attempt.
+    # One at a time, so that "every second" is each image's first attempt.
     assert vlm.load_vlm(scripted.address, concurrency=1)(pictures, ["what?"] * 5) == [vlm.Answer(c) for c in colours]
     assert len(scripted.requests) == 10 and len(scripted.pauses) == 5 and all(0.2 < p <= 0.5 for p in scripted.pauses)
     path, headers, body = scripted.requests[0]
@@ -323,7 +323,7 @@ def test_answers_are_counted(scripted):
 
 
 def test_geneval_asks_about_each_object_of_each_picture(scripted):
-    """A red cat alone, and two dogs, of which the questions of one prompt are true; a picture without usable answer."""
+    """A red cat alone, and two dogs, of which the questions of one prompt are true; an image without usable answer."""
 
     def plan(number, body):
         text = body["messages"][0]["content"][1]["text"]
@@ -358,21 +358,21 @@ def test_a_failing_server_names_the_picture(scripted):
     pictures = [Image.new("RGB", (16, 16), colour) for colour in ("red", "red", "blue")]
     ask = vlm.load_vlm(scripted.address, concurrency=1)
     scripted.plan = lambda number, body: said("yes") if colour_of(body) == "red" else (b"out of memory", 500)
-    with pytest.raises(InputError, match="picture 2 of 3.*'what[?]'.*500.*out of memory") as error:
+    with pytest.raises(InputError, match="image 2 of 3.*'what[?]'.*500.*out of memory") as error:
         ask(pictures, ["what?"] * 3)
     assert len(scripted.requests) == 2 + vlm.ATTEMPTS and "\n" not in str(error.value)
     assert len(scripted.pauses) == vlm.ATTEMPTS - 1
     assert all(0.5 * 2**i * 0.5 <= pause <= 0.5 * 2**i for i, pause in enumerate(scripted.pauses))
     scripted.requests.clear()
     scripted.plan = lambda number, body: (b"no such key", 401)  # asking again would not help
-    with pytest.raises(InputError, match="picture 0.*401.*no such key"):
+    with pytest.raises(InputError, match="image 0.*401.*no such key"):
         ask(pictures[:1], ["what?"])
     assert len(scripted.requests) == 1
     scripted.plan = lambda number, body: ({"error": "?"},)
-    with pytest.raises(InputError, match="picture 0 with no message"):
+    with pytest.raises(InputError, match="image 0 with no message"):
         ask(pictures, ["what?"] * 3)
     scripted.plan = lambda number, body: (b"<html>",)
-    with pytest.raises(InputError, match="picture 0.*not JSON"):
+    with pytest.raises(InputError, match="image 0.*not JSON"):
         ask(pictures, ["what?"] * 3)
 
 
@@ -410,7 +410,7 @@ def test_the_timeout_is_of_a_whole_request(scripted, monkeypatch):
 
     scripted.plan = lambda number, body: trickle
     start = time.perf_counter()
-    with pytest.raises(InputError, match="picture 0.*no answer within 0.5 s"):
+    with pytest.raises(InputError, match="image 0.*no answer within 0.5 s"):
         vlm.load_vlm(scripted.address, timeout=0.5)([Image.new("RGB", (16, 16))], ["what?"])
     assert time.perf_counter() - start < 4  # the answer would take 6 s
 
@@ -447,7 +447,7 @@ UNUSABLE = {
 
 @pytest.mark.parametrize("choice", UNUSABLE.values(), ids=UNUSABLE)
 def test_unusable_answers_are_not_wrong_answers(scripted, choice):
-    """The picture gets the mean of the others and is counted; too many of them end the run."""
+    """The image gets the mean of the others and is counted; too many of them end the run."""
     scripted.plan = lambda number, body: ({"choices": [choice]},) if colour_of(body) == "blue" else said("three")
     metadata = [{"questions": ["How many cats are there?"], "answers": [n]} for n in ("three", "two", "three")]
     colours = ["red", "red", "blue"]
@@ -459,7 +459,7 @@ def test_unusable_answers_are_not_wrong_answers(scripted, choice):
 
     values, info = score(colours)
     assert values.tolist() == [1.0, 0.0, 0.5] and info["vlm_unusable"].tolist() == [0, 0, 1]
-    with pytest.raises(InputError, match="no usable answer for 2 of 3 pictures"):
+    with pytest.raises(InputError, match="no usable answer for 2 of 3 images"):
         score(["red", "blue", "blue"])
 
 
@@ -473,7 +473,7 @@ def test_a_server_that_hangs_or_is_none_or_is_not_there(scripted, http_server):
     scripted.plan = lambda number, body: hang.wait(5)  # longer than the timeout
     ask = vlm.load_vlm(scripted.address, timeout=0.2)
     start = time.perf_counter()
-    with pytest.raises(InputError, match="picture 0.*no answer within 0.2 s"):
+    with pytest.raises(InputError, match="image 0.*no answer within 0.2 s"):
         ask([Image.new("RGB", (16, 16))], ["what?"])
     assert time.perf_counter() - start < 4 and len(scripted.requests) == vlm.ATTEMPTS
     hang.set()

@@ -402,7 +402,7 @@ def main():
 
 
 def draw(path):
-    """Saves, beside a --json file and under its name, a picture of it: images per second by the clock and, from a CPU's
+    """Saves, beside a --json file and under its name, an image of it: images per second by the clock and, from a CPU's
     file, of a CPU core's own time; medians, in the range of the epochs."""
     import matplotlib
 

@@ -58,7 +58,7 @@ def make_trainer(options):
     rng = random.Random(options.get("seed", 0))
 
     def reward_fn(images, prompts, metadata):
-        """Its pictures are tensors (B, 3, H, W) in 0..1."""
+        """Its images are tensors (B, 3, H, W) in 0..1."""
         arrays = (images * 255).round().clamp(0, 255).to(torch.uint8).cpu().permute(0, 2, 3, 1).numpy()
         values, _ = reward([Image.fromarray(a) for a in arrays], prompts, metadata)
         return torch.as_tensor(np.asarray(values)), {}

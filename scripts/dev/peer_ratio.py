@@ -3,7 +3,7 @@
     python -m scripts.dev.bench --against trl --model tiny --repetitions 1      (makes the environment that trl runs in)
     runs/bench/trl/bin/python -m scripts.dev.peer_ratio bf16                    (no, bf16 or fp16: its mixed_precision)
 
-Two epochs of 4 pictures of 10 steps, guidance 5 and LoRA, one update each; the embedded model, on a CPU. In the second
+Two epochs of 4 images of 10 steps, guidance 5 and LoRA, one update each; the embedded model, on a CPU. In the second
 epoch one of the rewards is NaN. Ours for the ratio is `ratio_error` in metrics.jsonl.
 """
 

@@ -14,6 +14,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from scripts.make_random_model import make_random_model
 
 ROOT = Path(__file__).parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, and what they start, share two cores
+torch.set_num_threads(1)
 
 
 LONGEST = "processes sharding reliability train inputs evaluation annotate publish sweep policy bench".split()  # files

@@ -80,6 +80,17 @@ def newer():
     return by_task(NEWER)
 
 
+def flow():
+    """Compressibility on the flow model: Flow-GRPO's step, CPS's, and two losses on the finished image."""
+    preset = {**RUN, "config": "config/emoji_flow.py:compressibility,full"}
+    return {
+        "flow-ddpo_is": {**preset, "train.learning_rate": (5e-5, 1e-4)},
+        "flow-cps": {**preset, "sample.step_kind": "cps", "train.learning_rate": (5e-5, 1e-4)},
+        "flow-nft": {**preset, **FORWARD, "algorithm": "nft", "train.learning_rate": (1e-4, 3e-4)},
+        "flow-awm": {**preset, **FORWARD, "algorithm": "awm", "train.learning_rate": (1e-4, 3e-4)},
+    }
+
+
 def fig5():
     """Alignment with a third of the animal-activity pairs held out, evaluated on both; fig6 draws it too."""
     options = {"num_epochs": 16, "held_out": 1 / 3, "grid_every": 4, "train.learning_rate": (1e-3,)}
@@ -97,8 +108,8 @@ def fig7():
 
 def lora():
     """LoRA of several ranks and full finetuning."""
-    common = {**RUN, "num_epochs": 6, "evaluate.every": 6}
-    preset = {**common, "config": "config/emoji.py:compressibility,lora", "train.learning_rate": (1e-3, 3e-3)}
+    common = {**RUN, "num_epochs": 8}
+    preset = {**common, "config": "config/emoji.py:compressibility,lora", "train.learning_rate": (2e-3, 4e-3)}
     full = {**common, "config": "config/emoji.py:compressibility,full", "train.learning_rate": (1e-4,)}
     return {f"compressibility-rank_{rank}": {**preset, "lora_rank": rank} for rank in (1, 4, 16, 64)} | {
         "compressibility-full": full
@@ -118,9 +129,11 @@ def ablations():
     return curves
 
 
-SWEEPS = {"fig4": fig4, "newer": newer, "fig5": fig5, "fig7": fig7, "lora": lora, "ablations": ablations}
-JUDGED = ("fig4", "newer", "lora")  # where a learning rate must keep the animals to be the best
-PICTURED = ("fig4", "newer", "fig5", "fig7")  # whose figures show images
+SWEEPS = {
+    "fig4": fig4, "newer": newer, "flow": flow, "fig5": fig5, "fig7": fig7, "lora": lora, "ablations": ablations,
+}  # fmt: skip
+JUDGED = ("fig4", "newer", "flow", "lora")  # where a learning rate must keep the animals to be the best
+PICTURED = ("fig4", "newer", "flow", "fig5", "fig7")  # whose figures show images
 
 
 def job_of(curve, options, rate, seed):

@@ -34,7 +34,7 @@ LABELS = {
     "preset": "the preset", "careless": "three times its learning rate, no KL penalty",
     "rank_1": "rank 1", "rank_4": "rank 4", "rank_16": "rank 16", "rank_64": "rank 64", "full": "full",
     "compressibility": "compressibility: - kB", "incompressibility": "incompressibility: kB",
-    "aesthetic": "a reward learned from choices",
+    "aesthetic": "a reward learned from choices", "flow": "compressibility, flow model: - kB", "cps": "CPS",
 }  # fmt: skip
 plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 plt.rcParams["svg.hashsalt"] = "ddpo"  # the same file for the same numbers
@@ -158,6 +158,12 @@ def draw_fig4(jobs):
 def draw_newer(jobs, newer):
     """The same for the newer algorithms, beside fig4's DDPO-IS."""
     return draw_fig4([job for job in jobs if job.curve == "ddpo_is"] + newer)
+
+
+def draw_flow(jobs, newer, flow):
+    """The same for the flow model, beside the same reward and judge on the model that DDIM draws."""
+    return draw_fig4([job for job in jobs + newer if job.panel == "compressibility"
+                      and job.curve in ("ddpo_is", "nft", "awm")] + flow)  # fmt: skip
 
 
 def draw_gains(axes, jobs, x_of, colour):
@@ -319,6 +325,7 @@ def draw_frontier():
 FIGURES = {  # name -> how it is drawn, from the jobs of these sweeps
     "fig4": (draw_fig4, "fig4"),
     "newer": (draw_newer, "fig4", "newer"),
+    "flow": (draw_flow, "fig4", "newer", "flow"),
     "fig5": (draw_fig5, "fig5"),
     "fig6": (draw_fig6, "fig5", "fig7"),
     "fig7": (draw_fig7, "fig7"),

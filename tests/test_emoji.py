@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, launch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from safetensors.torch import load_file
 from test_train import metrics
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
@@ -139,11 +140,11 @@ def test_making_the_flow_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     tokens = make_emoji_model.tokenize(tokenizer, captions, make_emoji_model.FLOW_TOKENS).unflatten(0, (3, 2))
     latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
     options = {"seed": 0, "device": "cpu", "save_every": 2, "flow_steps": 4, "flow_minutes": 0, "flow_batch": 2}
-    options |= {"flow_learning_rate": 1e-3}
+    options |= {"flow_learning_rate": 1e-3, "flow_from": ""}
 
-    def make(work):
+    def make(work, **others):
         work.mkdir(exist_ok=True)
-        args = SimpleNamespace(work=str(work), **options)
+        args = SimpleNamespace(work=str(work), **options | others)
         return make_emoji_model.make_flow(args, latents, tokens, 1.0, tokenizer).state_dict()
 
     whole = make(tmp_path / "whole")
@@ -155,6 +156,9 @@ def test_making_the_flow_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert parts.keys() == whole.keys() and all(torch.equal(parts[key], whole[key]) for key in whole)
     again = make(tmp_path / "parts")  # its weights are there
     assert len(updates) == 4 + 4 + 2 and all(torch.equal(again[key], whole[key]) for key in whole)
+    further = make(tmp_path / "further", flow_from=FLOW, flow_learning_rate=0.0, flow_steps=1)
+    trained = load_file(f"{FLOW}/transformer/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(further[f"0.{key}"], trained[key].float()) for key in trained)
 
 
 def test_the_embedded_clip_agrees(drawn):

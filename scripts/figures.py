@@ -25,7 +25,7 @@ from ddpo.images import grid_columns  # noqa: E402
 from ddpo.losses import ALGORITHMS  # noqa: E402
 from ddpo.options import flatten  # noqa: E402
 from scripts.plot import plot_band  # noqa: E402
-from scripts.results import gain_while_named, read_pictures, read_results  # noqa: E402
+from scripts.results import gain_while_named, least_named, read_pictures, read_results  # noqa: E402
 from scripts.sweep import best_rates, final_reward  # noqa: E402
 
 LABELS = {
@@ -122,8 +122,8 @@ def draw_over_training(axes_of, job, indices):
 
 def draw_fig4(jobs):
     """What each algorithm gained on fixed noise, a column per task: against reward queries and against network passes.
-    Below, what the first seed draws last. A dot per evaluation is hollow where less than 95% of the animals are named
-    by a classifier that is no reward. Prints the gain up to there."""
+    Below, what the first seed draws last. A dot per evaluation is hollow where a classifier that is no reward names
+    fewer animals than `least_named`. Prints the gain up to there."""
     panels = [label for label in LABELS if any(job.panel == label for job in jobs)] or sorted({j.panel for j in jobs})
     curves = list(dict.fromkeys(curve for panel in panels for curve in by_curve(jobs, panel)))
     colours = dict(zip(curves, plt.cm.tab10.colors))
@@ -173,8 +173,8 @@ def draw_gains(axes, jobs, x_of, colour):
     gains, x = rewards - rewards[:, :1], np.mean([x_of(job) for job in jobs], axis=0)
     axes.plot(x, gains.mean(0), color=colour, linewidth=1.2)
     axes.fill_between(x, gains.min(0), gains.max(0), color=colour, alpha=0.12, linewidth=0)
-    axes.scatter(x, gains.mean(0), s=14, color=["white" if n < 0.95 else colour for n in named], edgecolors=[colour],
-                 linewidths=0.8, zorder=3)  # fmt: skip
+    colours = ["white" if n < least_named(named[0]) else colour for n in named]
+    axes.scatter(x, gains.mean(0), s=14, color=colours, edgecolors=[colour], linewidths=0.8, zorder=3)
 
 
 def draw_fig5(jobs):

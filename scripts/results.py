@@ -33,10 +33,16 @@ def read_results(path):
         raise InputError(f"{path} has a line that is not the result of a run") from error
 
 
-def gain_while_named(evaluations, share=0.95, section="seen, stochastic"):
-    """The reward that a run gained while its images stayed what they are: at the point where the share of animals
-    that a classifier names first falls below `share`, by a straight line between evaluations; at the last evaluation
-    if it never does, as where the base model is below it already.
+def least_named(base):
+    """The share of animals that a classifier must still name after finetuning: 95%, or if it names only a share `base`
+    of the base model's, 95% of that."""
+    return 0.95 if base >= 0.95 else 0.95 * base
+
+
+def gain_while_named(evaluations, section="seen, stochastic"):
+    """The reward that a run gained while its images stayed what they are: at the point where the share of animals that
+    a classifier names first falls below `least_named`, by a straight line between evaluations; at the last evaluation
+    if it never does.
 
     Args:
         evaluations: lines of evaluation.jsonl, the base model's first.
@@ -46,6 +52,7 @@ def gain_while_named(evaluations, share=0.95, section="seen, stochastic"):
     rewards, named = (
         np.array([line[section][key] for line in evaluations]) for key in ("reward_mean", "classifier_accuracy")
     )
+    share = least_named(named[0])
     for before, after in zip(range(len(named)), range(1, len(named))):
         if named[after] < share <= named[before]:
             part = (named[before] - share) / (named[before] - named[after])

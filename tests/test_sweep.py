@@ -153,3 +153,5 @@ def test_the_gain_at_a_share_of_animals_is_interpolated():
     assert gain == pytest.approx(0.15) and fell
     gain, fell = gain_while_named(evaluations([1.0, 0.99], [-2.0, -1.9]))
     assert gain == pytest.approx(0.1) and not fell
+    gain, fell = gain_while_named(evaluations([0.9, 0.9, 0.81, 0.1], [-2.0, -1.9, -1.8, -1.0]))  # 0.855 is 95% of 0.9
+    assert gain == pytest.approx(0.15) and fell

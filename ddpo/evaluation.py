@@ -88,6 +88,15 @@ def score(images, pairs, judges, clip, classifier, timeout):
     return values
 
 
+def own_share(count, sharded):
+    """(indices that this process draws of `count` images, how many of them are its own): the others are drawn in vain,
+    since all processes take part in each pass of a sharded network."""
+    state = PartialState()
+    shares = np.array_split(np.arange(count), state.num_processes)
+    own = shares[state.process_index].tolist()
+    return own + [0] * (len(shares[0]) - len(own)) * bool(sharded), len(own)
+
+
 def evaluate(policy, sets, count, judges, sample, clip=None, classifier=None, seed=0, timeout=0):
     """Draws `count` images of each prompt and measures them; the processes share the work.
 
@@ -104,17 +113,13 @@ def evaluate(policy, sets, count, judges, sample, clip=None, classifier=None, se
         {"seen, stochastic": {name: mean, "diversity": ..., "by_prompt": {prompt: mean reward}}, ...} and {"seen,
         stochastic": PIL images of this process's first images, ...}.
     """
-    state = PartialState()
-    shape = policy.noise_shape(sample)
+    shape, is_main = policy.noise_shape(sample), PartialState().is_main_process
     result, shown = {}, {}
     for sampling, noise_level in (("stochastic", policy.noise_level(sample)), ("deterministic", 0.0)):
         first = 0  # index of a set's first noise
         for kind, pairs in sets.items():
             drawn = pairs * count
-            shares = np.array_split(np.arange(len(drawn)), state.num_processes)
-            mine, own = shares[state.process_index].tolist(), len(shares[state.process_index])
-            if policy.sharding:  # whose passes all processes make: those of a smaller share draw an image in vain
-                mine += [0] * (len(shares[0]) - own)
+            mine, own = own_share(len(drawn), policy.sharding)
             scored, pictures = [], []
 
             def judge(start, images):  # batch by batch, as in training
@@ -128,7 +133,7 @@ def evaluate(policy, sets, count, judges, sample, clip=None, classifier=None, se
                 sample_with_logprob(
                     policy, [drawn[i][0] for i in mine], lambda k: draw_noise(shape, seed, EVALUATION, first + mine[k]),
                     sample.guidance_scale, noise_level, sample.batch_size, on_images=judge,
-                    progress=f"evaluation: {kind}, {sampling}" if state.is_main_process else None,
+                    progress=f"evaluation: {kind}, {sampling}" if is_main else None,
                 )  # fmt: skip
             shown[f"{kind}, {sampling}"] = pictures
             first += len(drawn)
@@ -146,14 +151,16 @@ def evaluate(policy, sets, count, judges, sample, clip=None, classifier=None, se
 
 
 def draw_grid(policy, prompt_set, count, sample, seed):
-    """One image of `count` images, of prompts from all over the set. sample: a config's `sample`."""
+    """One image of `count` images, of prompts from all over the set, which the processes share. sample: a config's
+    `sample`."""
     shape = policy.noise_shape(sample)
     texts = [prompt for prompt, _ in prompt_set[:: max(1, len(prompt_set) // count)]][:count]
-    pictures = sample_with_logprob(
-        policy, texts, lambda i: draw_noise(shape, seed, GRID, i), sample.guidance_scale,
+    mine, own = own_share(len(texts), policy.sharding)
+    images = mine and sample_with_logprob(
+        policy, [texts[i] for i in mine], lambda k: draw_noise(shape, seed, GRID, mine[k]), sample.guidance_scale,
         policy.noise_level(sample), sample.batch_size, progress="grid" if PartialState().is_main_process else None,
     ).images  # fmt: skip
-    return image_grid(pictures, texts)
+    return image_grid(gather_object(images[:own]), texts)
 
 
 def load_evaluation(config, policy, reward_fn, trained_on, held_out):

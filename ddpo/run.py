@@ -201,7 +201,6 @@ class Run:
     def _look(self, epoch, grid, measure):
         """Draws and measures images of the same prompts and noise as in every epoch."""
         config, measure = self.config, measure and self.evaluate
-        grid = grid and (self.is_main or self.policy.sharding)  # whose passes all processes make
         with self.policy.averaged() if grid or measure else contextlib.nullcontext():
             if grid:
                 path = os.path.join(self.folder, "images", f"epoch_{epoch:04d}.png")

@@ -3,8 +3,10 @@
 import os
 import subprocess
 
+import numpy as np
 import pytest
 from conftest import ROOT, command_line, launch
+from PIL import Image
 from test_train import metrics, weights
 
 from ddpo import prompts
@@ -42,9 +44,12 @@ def alone(tiny, tmp_path_factory):
 
 
 def test_four_processes_equal_one(tiny, tmp_path, alone):
+    """Also in the grid of two images, which two of them draw."""
     run = tmp_path / "run"
     launch(model=tiny, run_dir=run, processes=4, direct=True, **BY_PROMPT)
     assert_same_run(run, alone)
+    ours, theirs = (np.asarray(Image.open(r / "images/epoch_0002.png")).astype(int) for r in (run, alone))
+    assert abs(ours - theirs).mean() < 0.1 < theirs.std()
 
 
 def test_one_process_saves_and_two_resume(tiny, tmp_path, alone):

@@ -171,7 +171,8 @@ def passes(policy):
     "model, rank, blocks", [("tiny", 0, ("CrossAttnUpBlock2D",)), ("tiny_sd35", 0, ()), ("tiny_flux", 4, ())]
 )
 def test_a_pass_and_its_gradient_are_the_same(request, tmp_path, alone, model, rank, blocks, precision):
-    """But for rounding, as convolutions have another layout in memory. Timesteps, above all, stay float32."""
+    """Up to rounding, as convolutions have another layout in memory. Timesteps, above all, stay float32: in bf16 the
+    gradients of tiny_sd35 would differ by 5e-2."""
     folder, results = request.getfixturevalue(model), []
     for sharding in (None, Sharding(blocks)):
         policy = load_policy(folder, rank, precision, "cpu", sharding=sharding)
@@ -179,7 +180,7 @@ def test_a_pass_and_its_gradient_are_the_same(request, tmp_path, alone, model, r
         results.append(passes(policy))
         assert {p.dtype for p in policy.trainable_parameters()} == {torch.float32}
     assert is_sharded(policy.trainable_parameters()) == (rank == 0)
-    tolerance = {"fp32": 1e-5, "bf16": 2e-2 if model == "tiny" else 1e-3}[precision]
+    tolerance = {"fp32": 1e-5, "bf16": 2e-2 if model == "tiny" else 5e-3}[precision]
     for ours, theirs in zip(results[1], results[0], strict=True):
         ours, theirs = ([x] if torch.is_tensor(x) else x for x in (ours, theirs))
         assert distance(ours, theirs) <= tolerance

@@ -9,6 +9,7 @@ ask no reward, are drawn against epochs: --key accuracy.
 
 import argparse
 import os
+from fnmatch import fnmatch
 
 import matplotlib
 import numpy as np
@@ -31,6 +32,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--key", default="reward_mean")
+    parser.add_argument("--only", nargs="+", default=["*"], help="names of runs to draw, * for any letters")
     parser.add_argument("--output", default="runs/curve.png")
     args = parser.parse_args()
     check_output(args.output, DRAWINGS)
@@ -41,7 +43,9 @@ def main():
         }  # fmt: skip
         if not found:
             raise InputError(f"{path} has no results")
-        runs |= found
+        runs |= {run: values for run, values in found.items() if any(fnmatch(run, name) for name in args.only)}
+    if not runs:
+        raise InputError(f"no run is called {' or '.join(args.only)}")
     drawn = {run: metrics for run, metrics in runs.items() if args.key in metrics}
     if not drawn:
         known = dict.fromkeys(key for metrics in runs.values() for key in metrics)

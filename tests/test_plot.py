@@ -21,5 +21,9 @@ def test_a_run_without_the_key_is_left_out(tmp_path):
     result = plot(*runs, "--key", "jpeg_kb", "--output", picture)
     assert result.returncode == 0 and picture.exists()
     assert "left out, without jpeg_kb: " in result.stdout and "b-seed0" in result.stdout
+    result = plot(*runs, "--key", "jpeg_kb", "--only", "*/a-*", "--output", picture)
+    assert result.returncode == 0 and "left out" not in result.stdout
+    result = plot(*runs, "--only", "c-*", "--output", picture)
+    assert result.returncode == 1 and "no run is called c-*" in result.stderr
     result = plot(*runs, "--key", "nonsense", "--output", picture)
     assert result.returncode == 1 and "no run has 'nonsense'" in result.stderr.strip().splitlines()[-1]

@@ -3,8 +3,8 @@
     python -m scripts.train_dpo --choices runs/annotations-emoji/choices.jsonl                        (LoRA of rank 16)
     python -m scripts.train_dpo --choices runs/annotations-emoji/choices.jsonl --config config/dpo.py:full
 
-An epoch is 256 images, 128 pairs, in 8 updates, whatever the number of choices. What came of it, and how dpo_beta was
-found: results/preferences/README.md.
+An epoch is 256 images, 128 pairs, in 8 updates, whatever the number of choices. 8 epochs did well with 50 to 1,500
+choices; 16 lost animals with 150. All numbers: results/preferences/README.md.
 """
 
 from config.emoji import get_config as emoji
@@ -13,8 +13,8 @@ from config.emoji import get_config as emoji
 def get_config(variant="lora"):
     """variant: lora or full."""
     config = emoji(f"aesthetic,{variant}")
-    config.num_epochs = 20
-    config.save_every = 5
+    config.num_epochs = 8
+    config.save_every = 4
     config.sample.images_per_epoch = 256
     config.train.updates_per_epoch = 8
     config.train.batch_size = 16

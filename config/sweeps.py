@@ -82,7 +82,7 @@ def newer():
 
 def flow():
     """Compressibility on the flow model: Flow-GRPO's step, CPS's, and two losses on the finished image."""
-    preset = {**RUN, "config": "config/emoji_flow.py:compressibility,full"}
+    preset = {**RUN, "config": "config/emoji_flow.py:compressibility,full", "sample.step_kind": "sde"}
     return {
         "flow-ddpo_is": {**preset, "train.learning_rate": (5e-5, 1e-4)},
         "flow-cps": {**preset, "sample.step_kind": "cps", "train.learning_rate": (5e-5, 1e-4)},

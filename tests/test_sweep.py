@@ -84,7 +84,7 @@ def test_a_stopped_sweep_goes_on_and_its_results_are_drawn(tiny, tmp_path, monke
 def test_figures_are_drawn_from_what_is_committed(name, tmp_path, monkeypatch, capsys):
     """Every figure that the repo holds, from results/sweeps alone."""
     out = command(monkeypatch, capsys, figures.main, name, "--output", tmp_path)
-    assert "* seed 2: " in out or name in ("frontier", "fig4")
+    assert "* seed 2: " in out or name in ("frontier", "fig4", "newer", "flow")
     committed = Image.open(ROOT / f"results/figures/{name}.png")
     assert Image.open(tmp_path / f"{name}.png").size == committed.size and committed.size[0] > 900
 

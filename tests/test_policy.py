@@ -251,6 +251,7 @@ def test_latents_of_odd_size(tiny):
 
 
 def test_sampling_does_not_depend_on_the_batch_size(tiny):
+    """Up to rounding, which guidance enlarges."""
     policy = load_policy(tiny, 4, "fp32", "cpu")
     policy.scheduler.set_timesteps(4)
     prompts = ["a cat", "a dog", "a cat", "an ant", "a bee"]
@@ -261,8 +262,8 @@ def test_sampling_does_not_depend_on_the_batch_size(tiny):
     whole = sample_with_logprob(policy, prompts, noise, 5.0, 1.0, keep_steps=True)
     for batch_size in (1, 2, 4):
         parts = sample_with_logprob(policy, prompts, noise, 5.0, 1.0, batch_size, keep_steps=True)
-        torch.testing.assert_close(parts.latents, whole.latents, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(parts.log_probs, whole.log_probs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(parts.latents, whole.latents, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(parts.log_probs, whole.log_probs, rtol=1e-4, atol=1e-4)
 
 
 def test_ratio_is_one_before_any_update(tiny):

@@ -6,11 +6,11 @@
     accelerate launch train.py --config config/emoji_flow.py:aesthetic             (a reward learned from choices)
     accelerate launch train.py --config config/emoji_flow.py:alignment             (the embedded CLIP)
 
-The tasks, epochs and images of config/emoji.py, so that the two can be compared. What a flow model needs differs: a shift
-of 3 towards noise, as in Stable Diffusion 3, without which the last step would be tiny; a larger KL weight; and the
-step of Flow-CPS, since that of Flow-GRPO (`sample.step_kind=sde`) leaves visible noise in images of ten steps. How the
-settings were found: results/working_point/README.md; what came of it: results/emoji/README.md. All tasks make one update
-per epoch.
+The tasks, epochs and images of config/emoji.py, so that the two can be compared. What a flow model needs differs: a
+shift of 3 towards noise, as in Stable Diffusion 3, without which the last step would be tiny; a larger KL weight; and
+the step of Flow-CPS, since that of Flow-GRPO (`sample.step_kind=sde`) leaves visible noise in images of ten steps. All
+tasks make one update per epoch. How the settings were found: results/working_point/README.md; what came of it:
+results/emoji/README.md.
 """
 
 from config.emoji import get_config as emoji

@@ -13,6 +13,7 @@ import argparse
 import glob
 import os
 import shlex
+import sys
 
 import torch
 from PIL import Image
@@ -134,6 +135,8 @@ def main():
         others, left = run_jobs(seed_jobs(curves, best), args)
         failed += others
     end(failed, left)
+    if left and not args.minutes:  # Ctrl-C
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 import os
 import time
 
+import pytest
+
+from ddpo.errors import InputError
 from scripts.jobs import Step, run_steps
 
 
@@ -30,3 +33,27 @@ def test_a_time_limit_stops_what_runs(tmp_path):
     options = {"minutes": 0.005, "start": "fork"}
     assert run_steps(steps, ["a", "b"], tmp_path, 1, None, **options) == ([], ["b", "a"])  # "a" began: a minute's sleep
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_step_that_cannot_be_collected_stops_the_others(tmp_path):
+    """They are told as Ctrl-C does, and waited for."""
+
+    def wait():
+        try:
+            (tmp_path / "began").touch()
+            time.sleep(60)
+        except KeyboardInterrupt:
+            time.sleep(0.3)
+            (tmp_path / "saved").touch()
+
+    def until_the_other_began():
+        while not (tmp_path / "began").exists():
+            time.sleep(0.02)
+
+    def collect(step, seconds):
+        raise InputError("made with other options")
+
+    steps = {"long": Step("long", (), [(wait,)]), "short": Step("short", (), [(until_the_other_began,)])}
+    with pytest.raises(InputError, match="other options"):
+        run_steps(steps, list(steps), tmp_path / "logs", 2, collect, start="fork")
+    assert (tmp_path / "saved").exists()

@@ -155,3 +155,15 @@ def test_the_gain_at_a_share_of_animals_is_interpolated():
     assert gain == pytest.approx(0.1) and not fell
     gain, fell = gain_while_named(evaluations([0.9, 0.9, 0.81, 0.1], [-2.0, -1.9, -1.8, -1.0]))  # 0.855 is 95% of 0.9
     assert gain == pytest.approx(0.15) and fell
+
+
+@pytest.mark.parametrize("minutes, code", [("0", 130), ("5", None)])
+def test_a_sweep_that_is_interrupted_ends_as_the_signal_would_have(tmp_path, monkeypatch, minutes, code):
+    """One whose --minutes are over has done what it was told."""
+    monkeypatch.setattr(sweep, "run_steps", lambda *_: ([], ["a job"]))
+    monkeypatch.setattr(sys, "argv", ["sweep", "fig4", "--minutes", minutes, "--results", str(tmp_path)])
+    if code is None:
+        return sweep.main()
+    with pytest.raises(SystemExit) as stop:
+        sweep.main()
+    assert stop.value.code == code
